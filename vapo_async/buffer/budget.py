@@ -1,0 +1,144 @@
+"""The staleness arithmetic: integers and inequalities, no lock, no waiting, no tensors (DESIGN §6).
+
+Units: ``charged`` and ``refunded`` count tickets (one ticket = one prompt group), ``published`` counts versions.
+
+- **Admission** spends the lead L: a ticket is given while ``charged - refunded < (L + 1 + published) * B``.
+- **Take** keeps the deadlines: after it, the ticket at position i of the queue with admission version m satisfies
+  ``published + 1 + i // B - m <= S``: served in order, B at a time, nobody becomes older than S.
+
+Why no group is ever older than S, and nothing deadlocks. Call a queue *in time* if every ticket satisfies
+``published + i // B - m <= S``.
+1. A new ticket stands at i < (L + 1) * B with m = published, so its left side is at most L <= S.
+2. A take is made only when the rest is in time at ``published + 1``; a refund only lowers positions.
+3. So every queue is in time, and taking its first B leaves every position i as i - B: ``published + 1 + (i - B) // B``
+   is ``published + i // B``. Serving in order is always feasible; when all have finished, it is what a take does.
+4. The B oldest finished tickets are the best choice there is. Those behind the last one taken keep the schedule of (3);
+   only the unfinished ones that are overtaken can miss a deadline, and each has then just the unfinished ones before
+   it, which no other choice can lower. So the learner waits only for a ticket that must be waited for.
+With L = S a ticket that is overtaken by a full batch misses its deadline: strict first-in-first-out.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+def in_time(position: int, version: int, groups_per_batch: int, max_staleness: int, published: int) -> bool:
+    """After the next take: is a ticket admitted at ``version`` young enough when served in order from ``position``?"""
+    return published + 1 + position // groups_per_batch - version <= max_staleness
+
+
+def plan_batch(
+    tickets: Iterable[tuple[int, bool]], groups_per_batch: int, max_staleness: int, published: int
+) -> tuple[list[int], int | None]:
+    """Walks the queue once and stops at the first ticket whose deadline forbids the batch.
+
+    Args:
+        tickets: (admission version, finished) in order of admission, the oldest first.
+        groups_per_batch: B.
+        max_staleness: S, in versions.
+        published: versions published so far.
+
+    Returns:
+        The positions of the B oldest finished tickets (fewer if there are fewer), and the position of the first ticket
+        that would miss its deadline, or None.
+    """
+    chosen: list[int] = []
+    for position, (version, finished) in enumerate(tickets):
+        if finished and len(chosen) < groups_per_batch:
+            chosen.append(position)
+        elif not in_time(position - len(chosen), version, groups_per_batch, max_staleness, published):
+            return chosen, position
+    return chosen, None
+
+
+def choose_batch(
+    tickets: Iterable[tuple[int, bool]], groups_per_batch: int, max_staleness: int, published: int
+) -> list[int] | None:
+    """Positions of the B oldest finished tickets, or None while there are fewer or a deadline forbids them.
+
+    Arguments as in :func:`plan_batch`.
+    """
+    chosen, missed = plan_batch(tickets, groups_per_batch, max_staleness, published)
+    return chosen if missed is None and len(chosen) == groups_per_batch else None
+
+
+@dataclass
+class StalenessBudget:
+    """Three counters and two inequalities.
+
+    Raises ``ValueError`` naming the inequality unless B >= 1 and 0 <= L <= S.
+    """
+
+    groups_per_batch: int
+    """B: groups of one batch."""
+    max_staleness: int
+    """S: the largest age of a group at take, in versions."""
+    lead: int
+    """L: batches that generation may run ahead."""
+    charged: int = 0
+    """Tickets given, ever."""
+    refunded: int = 0
+    """Tickets given back, ever."""
+    published: int = 0
+    """Versions published = batches trained."""
+
+    def __post_init__(self) -> None:
+        if self.groups_per_batch < 1:
+            raise ValueError(f"groups_per_batch >= 1 does not hold: groups_per_batch={self.groups_per_batch}")
+        if not 0 <= self.lead <= self.max_staleness:
+            raise ValueError(
+                "0 <= lead <= max_staleness does not hold: "
+                f"lead={self.lead}, max_staleness={self.max_staleness}; lower the lead or raise the bound"
+            )
+
+    def can_admit(self) -> bool:
+        """True while a ticket may be given."""
+        return self.charged - self.refunded < (self.lead + 1 + self.published) * self.groups_per_batch
+
+    def charge(self) -> int | None:
+        """Checks and charges in one step: the new ticket's id (0, 1, 2, … never reused), or None when not admitted."""
+        if not self.can_admit():
+            return None
+        self.charged += 1
+        return self.charged - 1
+
+    def refund(self) -> None:
+        """Gives one ticket back."""
+        assert self.refunded < self.charged, "more refunds than tickets"
+        self.refunded += 1
+
+    def publish(self) -> int:
+        """Counts one more version and returns it."""
+        self.published += 1
+        return self.published
+
+    def deadline_ok(self, position: int, version: int) -> bool:
+        """:func:`in_time` at this budget's numbers."""
+        return in_time(position, version, self.groups_per_batch, self.max_staleness, self.published)
+
+    def state_dict(self) -> dict[str, int]:
+        """The counters and B; S and L may change on resume."""
+        return {
+            "groups_per_batch": self.groups_per_batch,
+            "charged": self.charged,
+            "refunded": self.refunded,
+            "published": self.published,
+        }
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Raises ``ValueError`` if B differs, or if the state holds tickets beyond the trained ``published * B``.
+
+        Those would never be served: their owners are gone. Too few would let a burst of tickets follow.
+        """
+        if state["groups_per_batch"] != self.groups_per_batch:
+            raise ValueError(
+                f"the checkpoint was written with groups_per_batch={state['groups_per_batch']}, this run has "
+                f"{self.groups_per_batch}: resume with the same value"
+            )
+        held, trained = state["charged"] - state["refunded"], state["published"] * self.groups_per_batch
+        if held != trained:
+            raise ValueError(
+                "charged - refunded == published * groups_per_batch does not hold in the checkpoint: "
+                f"{held} != {trained}"
+            )
+        self.charged, self.refunded, self.published = state["charged"], state["refunded"], state["published"]

@@ -1,0 +1,238 @@
+"""Ranges and contradictions: what the types of the configuration cannot say.
+
+Pure functions of the configuration. The first violation raises a :class:`~vapo_async.config.ConfigError` of one line:
+key, what it must be, what was found, what to do. Comparisons are written so that NaN fails them.
+"""
+
+import math
+import re
+
+from vapo_async.config import (
+    AdvantageKind,
+    AlgorithmConfig,
+    BufferConfig,
+    ChainSumTaskConfig,
+    Config,
+    ConfigError,
+    DatasetTaskConfig,
+    EmbeddedModelConfig,
+    EngineConfig,
+    EvaluationConfig,
+    FolderModelConfig,
+    LauncherConfig,
+    LearnerConfig,
+    ModelConfig,
+    RayLauncherConfig,
+    TaskConfig,
+    TorchLearnerConfig,
+    TransformersEngineConfig,
+    VerifierConfig,
+)
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def check_config(config: Config) -> None:
+    """Raises :class:`ConfigError` for the first value that is out of range or contradicts another."""
+    _run(config)
+    _algorithm(config.algorithm)
+    _task(config.task)
+    _model(config.model)
+    _engine(config.engine)
+    _learner(config.learner, config.task)
+    _launcher(config.launcher)
+    _buffer(config.buffer)
+    _verifier(config.verifier)
+    _evaluation(config.evaluation, config.task)
+    _at_least("checkpoint.every", config.checkpoint.every, 0, "0 writes one only at the end and on Ctrl-C")
+    _at_least("checkpoint.keep", config.checkpoint.keep, 1)
+    if config.logging.wandb or config.logging.trackio:
+        _require(config.logging.project.strip() != "", "logging.project", config.logging.project, "not empty")
+
+
+def _run(c: Config) -> None:
+    plain = re.fullmatch(r"[\w.-]+", c.name) is not None and c.name.strip(".") != ""
+    _require(plain, "name", c.name, "letters, digits, '-', '_' or '.'", "it names a folder in runs_dir")
+    _at_least("seed", c.seed, 0)
+    _at_least("steps", c.steps, 0)
+    _require(c.runs_dir != "", "runs_dir", c.runs_dir, "a folder's path")
+    _require(c.resume != "", "resume", c.resume, "never, auto or the path of a run folder")
+
+
+def _algorithm(c: AlgorithmConfig) -> None:
+    _at_least("algorithm.groups_per_batch", c.groups_per_batch, 1)
+    _at_least("algorithm.group_size", c.group_size, 1)
+    if c.advantage is AdvantageKind.group:
+        hint = "one response has no group to be compared with; take more, or algorithm.advantage=gae"
+        _require(c.group_size >= 2, "algorithm.group_size", c.group_size, "≥ 2 with algorithm.advantage=group", hint)
+        steps = c.value_pretraining_steps
+        hint = "group advantages build no critic that could be pretrained"
+        _require(steps == 0, "algorithm.value_pretraining_steps", steps, "0 with algorithm.advantage=group", hint)
+    responses = c.groups_per_batch * c.group_size
+    _at_least("algorithm.minibatches", c.minibatches, 1)
+    bound = f"≤ groups_per_batch · group_size = {responses}"
+    _require(c.minibatches <= responses, "algorithm.minibatches", c.minibatches, bound, "a mini-batch needs a response")
+    _at_least("algorithm.epochs", c.epochs, 1)
+    _at_least("algorithm.value_pretraining_steps", c.value_pretraining_steps, 0, "0 turns it off")
+    _within("algorithm.gamma", c.gamma, 0, 1)
+    _within("algorithm.lmbda_critic", c.lmbda_critic, 0, 1)
+    _within("algorithm.lmbda", c.lmbda, 0, 1)
+    _above("algorithm.alpha", c.alpha, 0, "λ = 1 − 1/(alpha·l); algorithm.length_adaptive=false turns it off")
+    hint = "the paper has 0.2; a ratio cannot fall below 0"
+    _require(0 < c.clip_low <= 1, "algorithm.clip_low", c.clip_low, "in (0, 1]", hint)
+    _above("algorithm.clip_high", c.clip_high, 0, "the paper has 0.28")
+    _at_least("algorithm.nll_coef", c.nll_coef, 0, "0 turns the positive-example loss off")
+    if c.behaviour_weight_cap is not None:
+        hint = "a cap below 1 scales even on-policy tokens down; null = none"
+        _at_least("algorithm.behaviour_weight_cap", c.behaviour_weight_cap, 1, hint)
+    _at_least("algorithm.critic_updates", c.critic_updates, 1)
+    if c.value_clip is not None:
+        _above("algorithm.value_clip", c.value_clip, 0, "null turns it off")
+    _finite("algorithm.entropy_coef", c.entropy_coef)
+    _at_least("algorithm.policy_lr", c.policy_lr, 0)
+    _at_least("algorithm.critic_lr", c.critic_lr, 0)
+    _at_least("algorithm.lr_warmup_steps", c.lr_warmup_steps, 0)
+    _at_least("algorithm.weight_decay", c.weight_decay, 0)
+    _above("algorithm.max_grad_norm", c.max_grad_norm, 0, "a large number, 1e9, turns clipping off")
+
+
+def _task(c: TaskConfig) -> None:
+    hint = "the question has to get into the prompt"
+    _require("{question}" in c.template, "task.template", c.template, "text that holds {question}", hint)
+    _at_least("task.max_prompt_tokens", c.max_prompt_tokens, 1)
+    _at_least("task.max_response_tokens", c.max_response_tokens, 1)
+    _at_least("task.overlong_cache_tokens", c.overlong_cache_tokens, 0, "0 turns the overlong punishment off")
+    bound = f"< task.max_response_tokens = {c.max_response_tokens}"
+    hint = "the punishment's ramp covers the last of the allowed tokens"
+    fits = c.overlong_cache_tokens < c.max_response_tokens
+    _require(fits, "task.overlong_cache_tokens", c.overlong_cache_tokens, bound, hint)
+    _finite("task.reward_wrong", c.reward_wrong)
+    _finite("task.reward_correct", c.reward_correct)
+    bound, better = f"> task.reward_wrong = {c.reward_wrong}", c.reward_correct > c.reward_wrong
+    _require(better, "task.reward_correct", c.reward_correct, bound, "else there is nothing to learn")
+    match c:
+        case ChainSumTaskConfig():
+            _ordered("task.min_terms", c.min_terms, "task.max_terms", c.max_terms)
+            _ordered("task.min_digits", c.min_digits, "task.max_digits", c.max_digits)
+            _at_least("task.train_problems", c.train_problems, 1)
+            _at_least("task.heldout_problems", c.heldout_problems, 1)
+        case DatasetTaskConfig():
+            _require(c.train != "", "task.train", c.train, "a file's path or the name of a data set")
+            _require(c.question_column != "", "task.question_column", c.question_column, "a column's name")
+            _require(c.answer_column != "", "task.answer_column", c.answer_column, "a column's name")
+            hint = "null takes the whole answer column"
+            _require(c.answer_separator != "", "task.answer_separator", c.answer_separator, "text or null", hint)
+            _at_least("task.heldout_problems", c.heldout_problems, 1)
+
+
+def _model(c: ModelConfig) -> None:
+    _require(c.dtype in DTYPES, "model.dtype", c.dtype, f"one of {', '.join(DTYPES)}")
+    match c:
+        case EmbeddedModelConfig():
+            _at_least("model.num_layers", c.num_layers, 1)
+            _at_least("model.num_heads", c.num_heads, 1)
+            _at_least("model.intermediate_size", c.intermediate_size, 1)
+            even = c.hidden_size >= 2 and c.hidden_size % (2 * c.num_heads) == 0
+            hint = "every head needs an even width for its rotary positions"
+            _require(even, "model.hidden_size", c.hidden_size, f"a multiple of 2·num_heads = {2 * c.num_heads}", hint)
+            _at_least("model.pretrain_steps", c.pretrain_steps, 0)
+            _at_least("model.habit_steps", c.habit_steps, 0)
+            _at_least("model.pretrain_batch_size", c.pretrain_batch_size, 1)
+            _above("model.pretrain_lr", c.pretrain_lr, 0)
+            _within("model.habit_sign_rate", c.habit_sign_rate, 0, 1)
+            _within("model.habit_direct_rate", c.habit_direct_rate, 0, 1)
+            _within("model.habit_slip_rate", c.habit_slip_rate, 0, 1)
+        case FolderModelConfig():
+            _require(c.path != "", "model.path", c.path, "a Hugging Face folder or hub name")
+
+
+def _engine(c: EngineConfig) -> None:
+    _above("engine.temperature", c.temperature, 0, "greedy decoding explores nothing; scripts/evaluate.py can do it")
+    hint = (
+        "the learner cannot rebuild the cut distribution that stored log-probs are of; lower engine.temperature instead"
+    )
+    _require(c.top_p == 1, "engine.top_p", c.top_p, "1", hint)
+    if isinstance(c, TransformersEngineConfig):
+        _at_least("engine.max_slots", c.max_slots, 1)
+
+
+def _learner(c: LearnerConfig, task: TaskConfig) -> None:
+    longest = task.max_prompt_tokens + task.max_response_tokens
+    bound = f"≥ task.max_prompt_tokens + task.max_response_tokens = {longest}"
+    key, value = "learner.max_tokens_per_microbatch", c.max_tokens_per_microbatch
+    _require(value >= longest, key, value, bound, "one response has to fit into a pass; shorten it or raise this")
+    _at_least("learner.logprob_chunk_tokens", c.logprob_chunk_tokens, 1)
+    _at_least("learner.threads", c.threads, 1)
+    if isinstance(c, TorchLearnerConfig):
+        known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", c.device) is not None
+        _require(known, "learner.device", c.device, "cpu, cuda, cuda:<n> or mps")
+
+
+def _launcher(c: LauncherConfig) -> None:
+    if not isinstance(c, RayLauncherConfig):
+        return
+    if c.port is not None:
+        _within("launcher.port", c.port, 1, 65_535, "null takes a free one")
+        hint = "it is the port of a local Ray; with an address none is started: leave one of the two out"
+        _require(c.address is None, "launcher.port", c.port, f"null with launcher.address={c.address}", hint)
+    _require(c.address != "", "launcher.address", c.address, "host:port, ray://…, auto or null")
+    _at_least("launcher.rollout_workers", c.rollout_workers, 1)
+    _at_least("launcher.threads_per_worker", c.threads_per_worker, 1)
+    _above("launcher.connect_timeout_s", c.connect_timeout_s, 0)
+    _above("launcher.start_timeout_s", c.start_timeout_s, 0)
+    _above("launcher.stage_timeout_s", c.stage_timeout_s, 0)
+
+
+def _buffer(c: BufferConfig) -> None:
+    _at_least("buffer.max_staleness", c.max_staleness, 0, "0 is synchronous training")
+    if c.lead is not None:
+        bound = f"between 0 and buffer.max_staleness = {c.max_staleness}"
+        hint = "batches generated further ahead would be too old to train on; lower it or leave it null"
+        _require(0 <= c.lead <= c.max_staleness, "buffer.lead", c.lead, bound, hint)
+
+
+def _verifier(c: VerifierConfig) -> None:
+    _at_least("verifier.workers", c.workers, 1)
+    _above("verifier.timeout_s", c.timeout_s, 0)
+    _at_least("verifier.memory_mb", c.memory_mb, 256, "the math parser itself needs that much")
+
+
+def _evaluation(c: EvaluationConfig, task: TaskConfig) -> None:
+    _at_least("evaluation.every", c.every, 0, "0 evaluates only the base and the final policy")
+    _at_least("evaluation.problems", c.problems, 1)
+    _at_least("evaluation.samples", c.samples, 1)
+    _above("evaluation.temperature", c.temperature, 0, "scripts/evaluate.py does greedy decoding")
+    if c.final_problems is not None:
+        _at_least("evaluation.final_problems", c.final_problems, 1)
+    if isinstance(task, ChainSumTaskConfig | DatasetTaskConfig):
+        bound = f"≤ task.heldout_problems = {task.heldout_problems}"
+        for key, value in (("problems", c.problems), ("final_problems", c.final_problems)):
+            fits = value is None or value <= task.heldout_problems
+            _require(fits, f"evaluation.{key}", value, bound, "raise task.heldout_problems or lower this")
+
+
+def _require(holds: bool, key: str, value: object, expected: str, hint: str = "") -> None:
+    if not holds:
+        found = "null" if value is None else repr(value) if isinstance(value, str) else value
+        raise ConfigError(f"{key} must be {expected}, found {found}" + (f": {hint}" if hint else ""))
+
+
+def _at_least(key: str, value: float, low: float, hint: str = "") -> None:
+    _require(low <= value < math.inf, key, value, f"≥ {low}", hint)
+
+
+def _above(key: str, value: float, low: float, hint: str = "") -> None:
+    _require(low < value < math.inf, key, value, f"> {low}", hint)
+
+
+def _within(key: str, value: float, low: float, high: float, hint: str = "") -> None:
+    _require(low <= value <= high, key, value, f"between {low} and {high}", hint)
+
+
+def _finite(key: str, value: float) -> None:
+    _require(math.isfinite(value), key, value, "a finite number")
+
+
+def _ordered(low_key: str, low: int, high_key: str, high: int) -> None:
+    _at_least(low_key, low, 1)
+    _require(low <= high, low_key, low, f"≤ {high_key} = {high}")

@@ -1,0 +1,1 @@
+"""The learner: one batch becomes updates of policy and critic."""

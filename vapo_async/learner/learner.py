@@ -1,0 +1,222 @@
+"""VAPO's learner: one batch of trajectories becomes critic and policy updates (DESIGN §8). Knows no process layout."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from vapo_async.config import AdvantageKind, AlgorithmConfig, ImportanceKind, TorchLearnerConfig
+from vapo_async.learner.backend_torch import TorchBackend
+from vapo_async.learner.batch import LearnerBatch
+from vapo_async.learner.models import Critic, policy_log_probs
+from vapo_async.learner.packing import microbatches
+from vapo_async.objectives.advantage import (
+    explained_variance,
+    generalized_advantage,
+    group_advantage,
+    length_adaptive_lambda,
+    value_targets,
+    whiten,
+)
+from vapo_async.objectives.losses import (
+    Sums,
+    add_sums,
+    denominators_of,
+    policy_metrics,
+    value_metrics,
+    vapo_policy_loss,
+    vapo_value_loss,
+)
+
+
+@dataclass(frozen=True)
+class UpdateResult:
+    """What one batch did. ``tokens`` are the response tokens trained on; ``policy_changed`` is False in pretraining."""
+
+    metrics: dict[str, float]
+    tokens: int
+    optimizer_steps: int
+    policy_changed: bool
+
+
+class Learner:
+    """Policy and critic with their optimizers.
+
+    Args:
+        algorithm: which of VAPO's techniques are on.
+        config: memory limits and device.
+        policy: the model to train; moved to the device.
+        critic: None exactly where ``algorithm.advantage`` is ``group``.
+        temperature: the engine's sampling temperature, applied to the learner's log-probs too.
+        seed: of the mini-batch shuffling.
+    """
+
+    def __init__(
+        self,
+        algorithm: AlgorithmConfig,
+        config: TorchLearnerConfig,
+        policy: PreTrainedModel,
+        critic: Critic | None,
+        *,
+        temperature: float,
+        seed: int,
+    ) -> None:
+        self._algorithm, self._config, self._temperature = algorithm, config, temperature
+        self._device = torch.device(config.device)
+        self.policy = policy.to(self._device).eval()  # eval: no dropout, the ratios compare like with like
+        self.critic = None if critic is None else critic.to(self._device).eval()
+        shared = {
+            "warmup_steps": algorithm.lr_warmup_steps,
+            "weight_decay": algorithm.weight_decay,
+            "max_grad_norm": algorithm.max_grad_norm,
+        }
+        self.policy_backend = TorchBackend(self.policy, lr=algorithm.policy_lr, **shared)
+        self.critic_backend = (
+            None if self.critic is None else TorchBackend(self.critic, lr=algorithm.critic_lr, **shared)
+        )
+        self.generator = torch.Generator().manual_seed(seed)
+        self.batches = 0
+        """Batches learned from so far, value pretraining included."""
+
+    @property
+    def in_value_pretraining(self) -> bool:
+        """Whether the next batch trains only the critic."""
+        return self.batches < self._algorithm.value_pretraining_steps
+
+    def update(self, trajectories: Sequence[TensorDictBase], version: int) -> UpdateResult:
+        """Learns from one batch. ``version`` is the policy's version now, for the engine-mismatch metrics.
+
+        Raises:
+            LearnerDivergedError: a gradient norm is not finite; nothing was stepped with it.
+        """
+        batch = LearnerBatch.from_trajectories(trajectories, self._device)
+        pretraining = self.in_value_pretraining
+        metrics = self._evaluate(batch, version)
+        self._estimate_advantages(batch, pretraining)
+        if self.critic is not None:
+            metrics["explained_variance"] = float(explained_variance(batch.state_value, batch.value_target, batch.mask))
+        steps = 0
+        history: list[dict[str, float]] = []
+        size = -(-len(batch) // self._algorithm.minibatches)
+        for _ in range(self._algorithm.epochs):
+            order = torch.randperm(len(batch), generator=self.generator).tolist()
+            for start in range(0, len(batch), size):
+                rows = sorted(order[start : start + size])
+                history.append(self._minibatch(batch, rows, pretraining))
+                steps += 1
+        self.batches += 1
+        for key in history[-1]:
+            metrics[key] = sum(h[key] for h in history) / len(history)
+        return UpdateResult(metrics, int(batch.mask.sum()), steps, policy_changed=not pretraining)
+
+    @torch.no_grad()
+    def _evaluate(self, batch: LearnerBatch, version: int) -> dict[str, float]:
+        """Writes ``prox_log_prob`` and ``state_value`` with the weights of the start of the batch."""
+        entropy = torch.zeros_like(batch.sample_log_prob)
+        for rows in microbatches(batch.lengths, self._config.max_tokens_per_microbatch):
+            tokens, mask = self._rows(batch, rows)
+            width = tokens.shape[1]
+            batch.prox_log_prob[rows, :width], entropy[rows, :width] = self._log_probs(tokens, mask)
+            if self.critic is not None:
+                batch.state_value[rows, :width] = self.critic(tokens, mask)
+        mask, count = batch.mask, float(batch.mask.sum())
+        lengths = batch.response_lengths.float()
+        gap = (batch.prox_log_prob - batch.sample_log_prob)[mask & (batch.policy_version == version)].abs()
+        return {
+            "reward": float(batch.reward.sum(1).mean()),
+            "correct": float(batch.correct.float().mean()),
+            "response_length": float(lengths.mean()),
+            "response_length_max": float(lengths.max()),
+            "truncated": float(batch.truncated.float().mean()),
+            "entropy": float(entropy[mask].sum()) / count,
+            "token_age": float((version - batch.policy_version[mask]).float().mean()),
+            "engine_mismatch_max": float(gap.max()) if len(gap) else 0.0,
+            "groups_mixed": _mixed_groups(batch),
+        }
+
+    def _estimate_advantages(self, batch: LearnerBatch, pretraining: bool) -> None:
+        """Advantages and targets, once for the whole batch and before any whitening (METHODS §1, decision 6)."""
+        a = self._algorithm
+        match a.advantage:
+            case AdvantageKind.group:
+                batch.advantage = group_advantage(batch.reward.sum(1), batch.group_id, batch.mask)
+                return
+            case AdvantageKind.gae:
+                lmbda: Tensor | float = a.lmbda
+                if a.length_adaptive:
+                    lmbda = length_adaptive_lambda(batch.response_lengths, a.alpha)
+                batch.advantage = generalized_advantage(batch.state_value, batch.reward, batch.mask, a.gamma, lmbda)
+        lmbda_critic = 1.0 if pretraining else a.lmbda_critic
+        batch.value_target = value_targets(batch.state_value, batch.reward, batch.mask, a.gamma, lmbda_critic)
+        if a.whiten_advantage:
+            batch.advantage = whiten(batch.advantage, batch.mask)
+
+    def _minibatch(self, batch: LearnerBatch, rows: list[int], pretraining: bool) -> dict[str, float]:
+        """One optimizer step of the policy, K of the critic; denominators are global to ``rows``."""
+        denominators = denominators_of(batch.mask[rows], batch.correct[rows])
+        cut = microbatches([batch.lengths[r] for r in rows], self._config.max_tokens_per_microbatch)
+        pieces = [[rows[i] for i in piece] for piece in cut]
+        metrics: dict[str, float] = {}
+        if self.critic is not None and self.critic_backend is not None:
+            for _ in range(self._algorithm.critic_updates):
+                sums: Sums = {}
+                for piece in pieces:
+                    tokens, mask = self._rows(batch, piece)
+                    width = tokens.shape[1]
+                    loss, more = vapo_value_loss(
+                        self.critic(tokens, mask),
+                        batch.value_target[piece, :width],
+                        mask=mask,
+                        denominators=denominators,
+                        old_value=batch.state_value[piece, :width],
+                        clip=None if pretraining else self._algorithm.value_clip,
+                    )
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    sums = add_sums(sums, more)
+                metrics |= {"loss_critic": value_metrics(sums)["loss_critic"]}
+                metrics["grad_norm_critic"] = self.critic_backend.step()
+        if pretraining:
+            return metrics
+        sums = {}
+        for piece in pieces:
+            tokens, mask = self._rows(batch, piece)
+            width = tokens.shape[1]
+            log_prob, entropy = self._log_probs(tokens, mask)
+            loss, more = vapo_policy_loss(
+                log_prob,
+                entropy,
+                mask=mask,
+                advantage=batch.advantage[piece, :width],
+                sample_log_prob=batch.sample_log_prob[piece, :width],
+                prox_log_prob=(
+                    None if self._algorithm.importance is ImportanceKind.naive else batch.prox_log_prob[piece, :width]
+                ),
+                correct=batch.correct[piece],
+                algorithm=self._algorithm,
+                denominators=denominators,
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+            sums = add_sums(sums, more)
+        metrics["grad_norm_policy"] = self.policy_backend.step()
+        return metrics | {k: v for k, v in policy_metrics(sums).items() if k != "entropy"}
+
+    def _rows(self, batch: LearnerBatch, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Tokens and mask of some rows, [n, their longest]."""
+        width = max(batch.lengths[r] for r in rows)
+        return batch.tokens[rows, :width], batch.mask[rows, :width]
+
+    def _log_probs(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return policy_log_probs(
+            self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._config.logprob_chunk_tokens
+        )
+
+
+def _mixed_groups(batch: LearnerBatch) -> float:
+    """Share of groups with right and wrong answers both: those that group-relative methods could learn from."""
+    right: dict[int, set[bool]] = {}
+    for group, correct in zip(batch.group_id.tolist(), batch.correct.tolist(), strict=True):
+        right.setdefault(group, set()).add(correct)
+    return sum(len(kinds) == 2 for kinds in right.values()) / len(right)

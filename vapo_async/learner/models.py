@@ -1,0 +1,60 @@
+"""What the learner evaluates: per-token log-probs of the policy, per-token values of the critic.
+
+Position convention: entry t of every [N, T] result belongs to token t and is computed from the tokens before it, so
+``value[t]`` is V(s_t), read before action t. Entries outside the response mask are 0.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vapo_async.objectives.logprobs import token_log_probs
+
+
+class Critic(nn.Module):
+    """A backbone of its own and a zero-initialised scalar head (METHODS §1, decision 11)."""
+
+    def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.value_head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    @classmethod
+    def from_policy(cls, policy: PreTrainedModel) -> "Critic":
+        """Starts from a copy of the policy's backbone."""
+        return cls(copy.deepcopy(policy.get_decoder()), policy.config.get_text_config().hidden_size)
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Values [N, T] (float32) of ``tokens`` [N, T] int64, right-padded, at the True positions of ``mask``."""
+        hidden = _hidden_before_masked(self.backbone, tokens, mask)
+        return _scatter(self.value_head(hidden)[:, 0].float(), mask)
+
+
+def policy_log_probs(
+    policy: PreTrainedModel, tokens: Tensor, mask: Tensor, *, temperature: float, chunk_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Log-prob and entropy, [N, T] float32 each, of ``tokens`` [N, T] under ``softmax(logits / temperature)``."""
+    hidden = _hidden_before_masked(policy.get_decoder(), tokens, mask)
+    head = policy.get_output_embeddings()
+    log_prob, entropy = token_log_probs(
+        hidden, head.weight, tokens[mask], temperature=temperature, chunk_tokens=chunk_tokens, bias=head.bias
+    )
+    return _scatter(log_prob, mask), _scatter(entropy, mask)
+
+
+def _hidden_before_masked(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    """Hidden states [M, H] of the position before each masked token.
+
+    No padding mask is needed: padding is on the right, and causal attention never looks right.
+    """
+    hidden: Tensor = backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden[:, :-1][mask[:, 1:]]
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    out = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return out.masked_scatter(mask, values)

@@ -1,0 +1,1 @@
+"""What a run tells: counters, loggers, the live line, the report and the summary."""

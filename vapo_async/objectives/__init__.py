@@ -1,0 +1,1 @@
+"""The objectives: pure functions of tensors, and TorchRL modules around them."""
