@@ -131,9 +131,11 @@ class ChainSumTaskConfig(TaskConfig):
     max_terms: int = 12
     min_digits: int = 1
     max_digits: int = 1
-    train_problems: int = 200_000
+    train_problems: int = 20_000
     """Problems drawn for training; those that also occur in the held-out split are left out."""
     heldout_problems: int = 256
+    heldout_seed: int = 987_654_321_000
+    """Draws the held-out problems: the same ones for every training seed."""
 
 
 @dataclass
@@ -154,7 +156,7 @@ class DatasetTaskConfig(TaskConfig):
     answer_separator: str | None = None
     """The gold answer is what follows the last one of these in the answer column (GSM8K: ``####``)."""
     heldout_problems: int = 256
-    """At most that many held-out problems (drawn with the seed)."""
+    """At most that many held-out problems (the same ones for every training seed)."""
 
 
 @dataclass
@@ -174,14 +176,22 @@ class EmbeddedModelConfig(ModelConfig):
     num_layers: int = 3
     num_heads: int = 2
     intermediate_size: int = 192
-    pretrain_steps: int = 1200
+    pretrain_steps: int = 1500
     """Optimizer steps on clean traces."""
-    habit_steps: int = 200
+    habit_steps: int = 150
     """Optimizer steps on traces with bad habits."""
-    pretrain_batch_size: int = 256
-    pretrain_lr: float = 3e-3
+    pretrain_batch_tokens: int = 2048
+    """Tokens of one optimizer step, all of chains of one length."""
+    pretrain_lr: float = 5e-3
+    """AdamW's, for embeddings, norms and biases."""
+    pretrain_muon_lr: float = 0.02
+    """Muon's, for the layers' matrices."""
+    habit_lr_scale: float = 0.3
+    """Both learning rates times this in the habit phase."""
     habit_sign_rate: float = 0.5
     """Share of problems in which ``-`` is worked as ``+``."""
+    habit_sign_step_rate: float = 1.0
+    """Share of the ``-`` steps of such a problem that are worked as ``+``."""
     habit_direct_rate: float = 0.1
     """Share answered without steps."""
     habit_slip_rate: float = 0.04

@@ -116,6 +116,7 @@ def _task(c: TaskConfig) -> None:
             _ordered("task.min_digits", c.min_digits, "task.max_digits", c.max_digits)
             _at_least("task.train_problems", c.train_problems, 1)
             _at_least("task.heldout_problems", c.heldout_problems, 1)
+            _at_least("task.heldout_seed", c.heldout_seed, 0)
         case DatasetTaskConfig():
             _require(c.train != "", "task.train", c.train, "a file's path or the name of a data set")
             _require(c.question_column != "", "task.question_column", c.question_column, "a column's name")
@@ -135,13 +136,16 @@ def _model(c: ModelConfig) -> None:
             even = c.hidden_size >= 2 and c.hidden_size % (2 * c.num_heads) == 0
             hint = "every head needs an even width for its rotary positions"
             _require(even, "model.hidden_size", c.hidden_size, f"a multiple of 2·num_heads = {2 * c.num_heads}", hint)
-            _at_least("model.pretrain_steps", c.pretrain_steps, 0)
-            _at_least("model.habit_steps", c.habit_steps, 0)
-            _at_least("model.pretrain_batch_size", c.pretrain_batch_size, 1)
-            _above("model.pretrain_lr", c.pretrain_lr, 0)
-            _within("model.habit_sign_rate", c.habit_sign_rate, 0, 1)
-            _within("model.habit_direct_rate", c.habit_direct_rate, 0, 1)
-            _within("model.habit_slip_rate", c.habit_slip_rate, 0, 1)
+            for name, value in vars(c).items():  # the recipe's many knobs, by their names' endings
+                match name.rsplit("_", 1)[-1]:
+                    case "rate":
+                        _within(f"model.{name}", value, 0, 1)
+                    case "lr" | "scale":
+                        _above(f"model.{name}", value, 0)
+                    case "tokens":
+                        _at_least(f"model.{name}", value, 1)
+                    case "steps" | "seed":
+                        _at_least(f"model.{name}", value, 0)
         case FolderModelConfig():
             _require(c.path != "", "model.path", c.path, "a Hugging Face folder or hub name")
 

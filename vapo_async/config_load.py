@@ -171,9 +171,10 @@ def _compose(folder: Path, chosen: list[str]) -> DictConfig:
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
             cfg = compose("config", overrides=chosen)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        cause: BaseException = error.__cause__ or error
-        raise ConfigError(f"{folder} ({' '.join(chosen) or 'defaults'}): {_first_line(cause)}") from error
+        raise ConfigError(_told_by_hydra(folder, error)) from error
     OmegaConf.set_struct(cfg, True)
     return cfg
 
@@ -231,6 +232,20 @@ def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
         return
     for name, inner in value.items():
         yield from _leaves(f"{prefix}.{name}" if prefix else name, inner)
+
+
+def _told_by_hydra(folder: Path, error: Exception) -> str:
+    """Hydra's several lines about a YAML file as one: where, which key, what."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) < 2 or "raised while composing" not in lines[0]:
+        return f"{folder}: {lines[0] if lines else type(error).__name__}"
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
+    known = [
+        f"{group}.{name}" for group, kinds in GROUPS.items() for kind in kinds.values() for name in field_docs(kind)
+    ]
+    known += list(field_types(OmegaConf.structured(Config)))
+    hint = nearest(key, known) if key not in known else ""
+    return f"{folder}: {lines[0].split(':')[0]}: {key}: {lines[1]}{hint}"
 
 
 def _names(mapping: Iterable[str]) -> str:

@@ -15,11 +15,13 @@ Why no group is ever older than S, and nothing deadlocks. Call a queue *in time*
 4. The B oldest finished tickets are the best choice there is. Those behind the last one taken keep the schedule of (3);
    only the unfinished ones that are overtaken can miss a deadline, and each has then just the unfinished ones before
    it, which no other choice can lower. So the learner waits only for a ticket that must be waited for.
-With L = S a ticket that is overtaken by a full batch misses its deadline: strict first-in-first-out.
+Slack is S minus the left side above. With L = S there is none for a ticket that was given as soon as it could be: from
+version S on, and until a refund moves somebody forward, that is strict first-in-first-out. S = 0 always is.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 def in_time(position: int, version: int, groups_per_batch: int, max_staleness: int, published: int) -> bool:
@@ -27,39 +29,33 @@ def in_time(position: int, version: int, groups_per_batch: int, max_staleness: i
     return published + 1 + position // groups_per_batch - version <= max_staleness
 
 
-def plan_batch(
+class Choice(NamedTuple):
+    """What a take may do now."""
+
+    positions: list[int] | None
+    """Of the B oldest finished tickets; None while there are fewer or a deadline forbids them."""
+    late: int | None
+    """Position of the first ticket that would miss its deadline; never a finished one (4. above)."""
+
+
+def choose_batch(
     tickets: Iterable[tuple[int, bool]], groups_per_batch: int, max_staleness: int, published: int
-) -> tuple[list[int], int | None]:
-    """Walks the queue once and stops at the first ticket whose deadline forbids the batch.
+) -> Choice:
+    """The take by the deadlines: one walk, which ends at the first ticket whose deadline forbids the batch.
 
     Args:
         tickets: (admission version, finished) in order of admission, the oldest first.
         groups_per_batch: B.
         max_staleness: S, in versions.
         published: versions published so far.
-
-    Returns:
-        The positions of the B oldest finished tickets (fewer if there are fewer), and the position of the first ticket
-        that would miss its deadline, or None.
     """
     chosen: list[int] = []
     for position, (version, finished) in enumerate(tickets):
         if finished and len(chosen) < groups_per_batch:
             chosen.append(position)
         elif not in_time(position - len(chosen), version, groups_per_batch, max_staleness, published):
-            return chosen, position
-    return chosen, None
-
-
-def choose_batch(
-    tickets: Iterable[tuple[int, bool]], groups_per_batch: int, max_staleness: int, published: int
-) -> list[int] | None:
-    """Positions of the B oldest finished tickets, or None while there are fewer or a deadline forbids them.
-
-    Arguments as in :func:`plan_batch`.
-    """
-    chosen, missed = plan_batch(tickets, groups_per_batch, max_staleness, published)
-    return chosen if missed is None and len(chosen) == groups_per_batch else None
+            return Choice(None, position)
+    return Choice(chosen if len(chosen) == groups_per_batch else None, None)
 
 
 @dataclass

@@ -7,17 +7,18 @@ Every method returns at once; the launcher does the waiting. One thread at a tim
 Learner's turn: ``take`` until it gives a batch, train, ``publish``, and again.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
-from torchrl.data import LazyStackStorage, ReplayBuffer
+from torchrl.data import LazyStackStorage, ReplayBuffer, RoundRobinWriter
 from torchrl.envs.transforms import PolicyAgeFilter
 
 from vapo_async.buffer.batch import Batch, PublicationError, StalenessViolation, TicketError, check_group
-from vapo_async.buffer.budget import StalenessBudget, choose_batch, plan_batch
+from vapo_async.buffer.budget import Choice, StalenessBudget, choose_batch
 from vapo_async.buffer.sampler import ChosenSampler
 from vapo_async.schema import POLICY_VERSION, Ticket
 
@@ -61,9 +62,11 @@ class RolloutBuffer:
         self._batch_out = False
         self._closed = False
         self._sampler = ChosenSampler()
+        # compilable=True: plain integers for the cursors instead of semaphores shared between processes.
         self._storage = ReplayBuffer(
-            storage=LazyStackStorage((lead + 1) * groups_per_batch),
+            storage=LazyStackStorage((lead + 1) * groups_per_batch, compilable=True),
             sampler=self._sampler,
+            writer=RoundRobinWriter(compilable=True),
             consume_after_n_samples=1,
             batch_size=groups_per_batch,
         )
@@ -112,13 +115,11 @@ class RolloutBuffer:
         if self._batch_out:
             raise PublicationError("take() before publish(): the batch taken before has to be published first")
         budget = self._budget
-        if self._ready < budget.groups_per_batch:
-            return None
-        positions = choose_batch(self._states(), budget.groups_per_batch, budget.max_staleness, budget.published)
-        if positions is None:
+        choice = self._choose()
+        if choice.positions is None:
             return None
         queue = list(self._queue.values())
-        entries = [queue[i] for i in positions]
+        entries = [queue[position] for position in choice.positions]
         self._check_ages(entries)
         self._sampler.choose([entry.slot for entry in entries if entry.slot is not None])
         groups = self._storage.sample().unbind(0)
@@ -191,10 +192,10 @@ class RolloutBuffer:
         """
         if self._batch_out:
             return None
-        chosen, missed = self._plan()
-        if missed is not None:
-            return list(self._queue.values())[missed].ticket
-        if len(chosen) == self._budget.groups_per_batch:
+        choice = self._choose()
+        if choice.late is not None:
+            return self._at(choice.late).ticket
+        if choice.positions is not None:
             return None
         return next((entry.ticket for entry in self._queue.values() if entry.slot is None), None)
 
@@ -241,15 +242,23 @@ class RolloutBuffer:
         self._committed = state["committed"]
         self._refund_reasons = dict(state["refund_reasons"])
 
-    def _states(self) -> Iterator[tuple[int, bool]]:
-        return ((entry.ticket.version, entry.slot is not None) for entry in self._queue.values())
-
-    def _plan(self) -> tuple[list[int], int | None]:
-        """The batch as it stands; a deadline speaks only once B groups are finished."""
+    def _choose(self) -> Choice:
+        """The batch as it stands; deadlines speak only once B groups are finished."""
         budget = self._budget
         if self._ready < budget.groups_per_batch:
-            return [], None
-        return plan_batch(self._states(), budget.groups_per_batch, budget.max_staleness, budget.published)
+            return Choice(None, None)
+        states = ((entry.ticket.version, entry.slot is not None) for entry in self._queue.values())
+        choice = choose_batch(states, budget.groups_per_batch, budget.max_staleness, budget.published)
+        if choice.late is not None and self._at(choice.late).slot is not None:
+            late = self._at(choice.late).ticket
+            raise StalenessViolation(
+                f"ticket {late.ticket_id} (admitted at version {late.version}, now {budget.published}) is finished but "
+                f"cannot be served within max_staleness={budget.max_staleness}"
+            )
+        return choice
+
+    def _at(self, position: int) -> _Entry:
+        return next(islice(self._queue.values(), position, None))
 
     def _running(self, ticket_id: int) -> _Entry:
         entry = self._queue.get(ticket_id)

@@ -56,6 +56,16 @@ class Collector:
     def unfinished_responses(self) -> int:
         return self._engine.num_unfinished
 
+    @property
+    def capacity(self) -> int:
+        """Responses that the engine decodes together."""
+        return self._engine.capacity
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens sampled so far, those of unfinished responses included."""
+        return self._engine.generated_tokens
+
     def start(self, ticket: Ticket, prompt: Prompt) -> None:
         """Submits a group. The engine must have the admission's weights: older ones would break the staleness bound."""
         if self._engine.version < ticket.version:

@@ -44,6 +44,16 @@ class Engine(Protocol):
         """Responses waiting or in flight."""
         ...
 
+    @property
+    def capacity(self) -> int:
+        """Responses decoded together."""
+        ...
+
+    @property
+    def generated_tokens(self) -> int:
+        """Tokens sampled so far."""
+        ...
+
     def submit(self, request: GenerationRequest) -> None:
         """Queues a request. Raises ``ValueError`` if prompt and limit together exceed the engine's length."""
         ...

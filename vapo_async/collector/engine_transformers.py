@@ -76,7 +76,7 @@ class TransformersEngine:
         self._lengths = torch.zeros(max_slots, dtype=torch.int64, device=device)  # tokens so far
         self._limits = torch.zeros(max_slots, dtype=torch.int64, device=device)  # prompt + max_new_tokens
         self._generator = torch.Generator(device=device).manual_seed(seed)
-        self.generated_tokens = 0
+        self._generated_tokens = 0
 
     @property
     def version(self) -> int:
@@ -85,6 +85,14 @@ class TransformersEngine:
     @property
     def num_unfinished(self) -> int:
         return len(self._waiting) + len(self._running)
+
+    @property
+    def capacity(self) -> int:
+        return self._max_slots
+
+    @property
+    def generated_tokens(self) -> int:
+        return self._generated_tokens
 
     def submit(self, request: GenerationRequest) -> None:
         needed = len(request.prompt_token_ids) + request.max_new_tokens
@@ -112,7 +120,7 @@ class TransformersEngine:
         self._log_probs[rows, at] = log_probs.gather(1, sampled)[:, 0]
         self._versions[rows, at] = self._version
         self._lengths[:n] += 1
-        self.generated_tokens += n
+        self._generated_tokens += n
         stopped = sampled[:, 0] == self._eos
         ended = (stopped | (self._lengths[:n] >= self._limits[:n])).nonzero()[:, 0].tolist()
         completions = [

@@ -38,7 +38,8 @@ class UpdateResult:
 
     metrics: dict[str, float]
     tokens: int
-    optimizer_steps: int
+    policy_steps: int
+    critic_steps: int
     policy_changed: bool
 
 
@@ -98,7 +99,7 @@ class Learner:
         self._estimate_advantages(batch, pretraining)
         if self.critic is not None:
             metrics["explained_variance"] = float(explained_variance(batch.state_value, batch.value_target, batch.mask))
-        steps = 0
+        before = self.policy_backend.step_count, self._critic_steps()
         history: list[dict[str, float]] = []
         size = -(-len(batch) // self._algorithm.minibatches)
         for _ in range(self._algorithm.epochs):
@@ -106,11 +107,19 @@ class Learner:
             for start in range(0, len(batch), size):
                 rows = sorted(order[start : start + size])
                 history.append(self._minibatch(batch, rows, pretraining))
-                steps += 1
         self.batches += 1
         for key in history[-1]:
             metrics[key] = sum(h[key] for h in history) / len(history)
-        return UpdateResult(metrics, int(batch.mask.sum()), steps, policy_changed=not pretraining)
+        return UpdateResult(
+            metrics,
+            tokens=int(batch.mask.sum()),
+            policy_steps=self.policy_backend.step_count - before[0],
+            critic_steps=self._critic_steps() - before[1],
+            policy_changed=not pretraining,
+        )
+
+    def _critic_steps(self) -> int:
+        return 0 if self.critic_backend is None else self.critic_backend.step_count
 
     @torch.no_grad()
     def _evaluate(self, batch: LearnerBatch, version: int) -> dict[str, float]:

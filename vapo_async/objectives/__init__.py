@@ -1,1 +1,6 @@
 """The objectives: pure functions of tensors, and TorchRL modules around them."""
+
+from vapo_async.objectives.estimators import LengthAdaptiveGAE
+from vapo_async.objectives.vapo import VAPOLoss
+
+__all__ = ["LengthAdaptiveGAE", "VAPOLoss"]

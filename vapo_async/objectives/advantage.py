@@ -29,7 +29,14 @@ def length_adaptive_lambda(lengths: Tensor, alpha: float) -> Tensor:
     return (1 - 1 / (alpha * lengths.double())).clamp(0.0, 1.0)
 
 
-def generalized_advantage(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lmbda: float | Tensor) -> Tensor:
+def generalized_advantage(
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lmbda: float | Tensor,
+    next_value: Tensor | None = None,
+) -> Tensor:
     """Â_t = δ_t + γλ Â_{t+1}, δ_t = r_t + γ V(s_{t+1}) − V(s_t), V = Â = 0 after the end (GAE, arXiv 1506.02438).
 
     Args:
@@ -38,24 +45,31 @@ def generalized_advantage(value: Tensor, reward: Tensor, mask: Tensor, gamma: fl
         mask: [B, T] bool, the tokens of the response.
         gamma: discount in [0, 1].
         lmbda: λ in [0, 1], one for all rows or one per row, [B].
+        next_value: [B, T], V(s_{t+1}), where it is not the next token's value, or where the end of a response is not
+            terminal. None = the value of the row's next action, 0 after the last one.
 
     Returns:
         [B, T], 0 outside the mask; differentiable in value and reward.
     """
-    v, r, place = _compact(value, reward, mask)
-    delta = r + gamma * _shift(v, 1) - v
-    return _expand(_discounted_sum(delta, gamma, lmbda), mask, place)
+    (v, r, v_next), place = _compact(value, reward, mask, next_value)
+    return _expand(_discounted_sum(r + gamma * v_next - v, gamma, lmbda), mask, place)
 
 
-def value_targets(value: Tensor, reward: Tensor, mask: Tensor, gamma: float, lmbda_critic: float | Tensor) -> Tensor:
+def value_targets(
+    value: Tensor,
+    reward: Tensor,
+    mask: Tensor,
+    gamma: float,
+    lmbda_critic: float | Tensor,
+    next_value: Tensor | None = None,
+) -> Tensor:
     """The λ-return G_t = Â_t^{λ_critic} + V(s_t), with the critic's own λ (decoupled GAE, VC-PPO, arXiv 2503.01491).
 
     Computed by its own recursion, G_t = r_t + γ ((1 − λ) V(s_{t+1}) + λ G_{t+1}), so that λ = γ = 1 gives the
     reward-to-go without a rounding error from V. Arguments and result as :func:`generalized_advantage`.
     """
-    v, r, place = _compact(value, reward, mask)
-    lam = lmbda_critic.to(v)[:, None] if isinstance(lmbda_critic, Tensor) and lmbda_critic.ndim == 1 else lmbda_critic
-    step = r + gamma * (1 - lam) * _shift(v, 1)
+    (v, r, v_next), place = _compact(value, reward, mask, next_value)
+    step = r + gamma * (v_next - _row_lambda(lmbda_critic, r).to(r.dtype) * _shift(v, 1))
     return _expand(_discounted_sum(step, gamma, lmbda_critic), mask, place)
 
 
@@ -118,16 +132,23 @@ def _result_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _compact(value: Tensor, reward: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Each row's masked entries moved to its left, [B, longest response], zeros after the end; and where each one went."""
+def _compact(
+    value: Tensor, reward: Tensor, mask: Tensor, next_value: Tensor | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """Value, reward and next value with each row's masked entries moved to its left, and where each one went.
+
+    Shapes [B, longest response], zeros after the end.
+    """
     check_same_shape(2, value=value, reward=reward, mask=mask)
     check_mask(mask)
-    rows = mask.nonzero()[:, 0]
-    columns = (mask.cumsum(1) - 1)[mask]
     longest = int(mask.sum(1).max()) if mask.numel() else 0
     zeros = torch.zeros(mask.shape[0], longest, dtype=_result_dtype(value, reward), device=value.device)
-    place = (rows, columns)
-    return zeros.index_put(place, value[mask].to(zeros)), zeros.index_put(place, reward[mask].to(zeros)), place
+    place = (mask.nonzero()[:, 0], (mask.cumsum(1) - 1)[mask])
+    v, r = (zeros.index_put(place, x[mask].to(zeros)) for x in (value, reward))
+    if next_value is None:
+        return (v, r, _shift(v, 1)), place
+    check_same_shape(value=value, next_value=next_value)
+    return (v, r, zeros.index_put(place, next_value[mask].to(zeros))), place
 
 
 def _expand(compact: Tensor, mask: Tensor, place: tuple[Tensor, Tensor]) -> Tensor:
@@ -140,19 +161,24 @@ def _shift(x: Tensor, by: int) -> Tensor:
     return pad(x[:, by:], (0, by))
 
 
+def _row_lambda(lmbda: float | Tensor, like: Tensor) -> Tensor:
+    """λ as float64 [B, 1] or [1, 1] on the device of ``like`` [B, T], checked."""
+    lam = torch.as_tensor(lmbda, dtype=torch.float64, device=like.device)
+    if lam.ndim:
+        check_rows(like.shape[0], lmbda=lam)
+    if not bool(((lam >= 0) & (lam <= 1)).all()):
+        raise ValueError(f"lmbda must lie in [0, 1], got {lmbda}")
+    return lam.reshape(-1, 1)
+
+
 def _discounted_sum(x: Tensor, gamma: float, lmbda: float | Tensor) -> Tensor:
     """Σ_k (γλ)^k x_{t+k} for x [B, T], by recursive doubling: log2(T) vectorised steps instead of T.
 
     After step n an entry holds the sum of its next 2^n terms. The powers are kept in float64 per row.
     """
-    lam = lmbda if isinstance(lmbda, Tensor) else torch.tensor(float(lmbda), dtype=torch.float64)
-    if lam.ndim:
-        check_rows(x.shape[0], lmbda=lam)
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must lie in [0, 1], got {gamma}")
-    if not bool(((lam >= 0) & (lam <= 1)).all()):
-        raise ValueError(f"lmbda must lie in [0, 1], got {lmbda}")
-    power = (gamma * lam.to(x.device, torch.float64)).reshape(-1, 1)
+    power = gamma * _row_lambda(lmbda, x)
     by = 1
     while by < x.shape[1]:
         x = x + power.to(x.dtype) * _shift(x, by)

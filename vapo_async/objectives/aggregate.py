@@ -10,8 +10,8 @@ from vapo_async.objectives.checks import check_mask, check_same_shape
 def aggregate(per_token: Tensor, mask: Tensor, how: LossAggregation, denominator: Tensor | float) -> Tensor:
     """This micro-batch's share of the mini-batch's loss: shares of all micro-batches and ranks add up to the whole.
 
-    ``token``: Σ_{i,t} x_{i,t} / tokens (DAPO, VAPO). ``sequence``: Σ_i mean_t(x_i) / sequences, rows without tokens left
-    out (PPO and GRPO for language models).
+    ``token``: Σ_{i,t} x_{i,t} / tokens (DAPO, VAPO). ``sequence``: Σ_i mean_t(x_i) / sequences, empty rows left out
+    (PPO and GRPO for language models).
 
     Args:
         per_token: [B, T].
@@ -34,7 +34,7 @@ def aggregate(per_token: Tensor, mask: Tensor, how: LossAggregation, denominator
 
 
 def denominator_of(mask: Tensor, how: LossAggregation) -> Tensor:
-    """What :func:`aggregate` divides by if ``mask`` [B, T] is the whole mini-batch: its tokens, or its rows with tokens."""
+    """What :func:`aggregate` divides by if ``mask`` [B, T] is the whole mini-batch: tokens, or rows with tokens."""
     check_mask(mask)
     return mask.sum() if how is LossAggregation.token else mask.any(1).sum()
 

@@ -81,10 +81,37 @@ def vapo_policy_loss(
         denominators: of the global optimizer mini-batch.
 
     Returns:
-        (loss, sums): scalar loss, and detached float64 scalars. ``loss_objective``, ``loss_nll`` (before μ) and
-        ``loss_entropy`` (with its coefficient) are shares of the mini-batch's losses; the others are sums over tokens,
-        for :func:`policy_metrics`.
+        (loss, sums): scalar loss, and detached float64 scalars. ``loss_objective``, ``loss_nll`` and ``loss_entropy``,
+        with their coefficients, are shares of the mini-batch's losses and add up to the loss; a term that is switched
+        off has no entry. The others are sums over tokens, for :func:`policy_metrics`.
     """
+    losses, sums = policy_terms(
+        log_prob,
+        entropy,
+        mask=mask,
+        advantage=advantage,
+        sample_log_prob=sample_log_prob,
+        prox_log_prob=prox_log_prob,
+        correct=correct,
+        algorithm=algorithm,
+        denominators=denominators,
+    )
+    return sum(losses.values(), start=log_prob.new_zeros(())), sums
+
+
+def policy_terms(
+    log_prob: Tensor,
+    entropy: Tensor | None,
+    *,
+    mask: Tensor,
+    advantage: Tensor,
+    sample_log_prob: Tensor,
+    prox_log_prob: Tensor | None,
+    correct: Tensor,
+    algorithm: AlgorithmConfig,
+    denominators: Denominators,
+) -> tuple[Sums, Sums]:
+    """The terms of :func:`vapo_policy_loss` one by one, with their gradients, and the same sums."""
     check_mask(mask)
     check_same_shape(2, log_prob=log_prob, mask=mask, advantage=advantage, sample_log_prob=sample_log_prob)
     if algorithm.entropy_coef != 0 and entropy is None:
@@ -114,18 +141,17 @@ def vapo_policy_loss(
         over = denominators.tokens if how is LossAggregation.token else denominators.sequences
         return aggregate(per_token, mask, how, over)
 
-    objective = share(surrogate)
-    nll = aggregate(positive_nll(log_prob, mask, correct), mask, LossAggregation.token, denominators.positive_tokens)
-    loss = objective
+    losses = {"loss_objective": share(surrogate)}
+    nll = positive_nll(log_prob, mask, correct)
     if algorithm.nll_coef != 0:
-        loss = loss + algorithm.nll_coef * nll
-    sums = {"loss_objective": objective, "loss_nll": nll}
+        nll_mean = aggregate(nll, mask, LossAggregation.token, denominators.positive_tokens)
+        losses["loss_nll"] = algorithm.nll_coef * nll_mean
+    sums = {"nll": nll.sum()}
     if entropy is not None:
         entropy = kept(entropy)
         sums["entropy"] = entropy.sum()
         if algorithm.entropy_coef != 0:
-            sums["loss_entropy"] = -algorithm.entropy_coef * share(entropy)
-            loss = loss + sums["loss_entropy"]
+            losses["loss_entropy"] = -algorithm.entropy_coef * share(entropy)
 
     with torch.no_grad():
         low, high = clipped_tokens(log_ratio, advantage, algorithm.clip_low, algorithm.clip_high)
@@ -146,12 +172,13 @@ def vapo_policy_loss(
                 else mask.new_zeros((), dtype=torch.int64)
             ),
         }
-    return loss, {key: value.detach().double() for key, value in sums.items()}
+    return losses, {key: value.detach().double() for key, value in (losses | sums).items()}
 
 
 def policy_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The mini-batch's metrics from the sums of its micro-batches: means per response token, losses as they are.
 
+    ``nll`` is the mean over the tokens of correct responses.
     ``ess`` is the normalised effective sample size (Σρ)²/(N Σρ²) of ρ = π_θ/π_behav; ``kl_behaviour`` estimates
     KL(π_behav‖π_θ), ``kl_reference`` the same against the policy that the clip is centred on.
     """
@@ -160,11 +187,12 @@ def policy_metrics(sums: Mapping[str, Tensor]) -> dict[str, float]:
     means = {
         key: float(value) / tokens
         for key, value in sums.items()
-        if key not in ("tokens", "positive_tokens", "ratio_squared") and key not in losses
+        if key not in ("tokens", "positive_tokens", "ratio_squared", "nll") and key not in losses
     }
+    nll = float(sums["nll"]) / max(float(sums["positive_tokens"]), 1.0)
     squares = float(sums["ratio_squared"])
     ess = float(sums["ratio"]) ** 2 / (tokens * squares) if squares > 0 else 0.0
-    return losses | means | {"ess": ess, "positive_share": float(sums["positive_tokens"]) / tokens}
+    return losses | means | {"nll": nll, "ess": ess, "positive_share": float(sums["positive_tokens"]) / tokens}
 
 
 def vapo_value_loss(

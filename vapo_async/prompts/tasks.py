@@ -2,7 +2,8 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, overload
 
 import reasoning_gym
@@ -13,6 +14,9 @@ from vapo_async.schema import Problem
 
 _SEED_STRIDE = 1_000_003
 """Distance between the generator's seeds of two training seeds (reasoning-gym seeds problem i with seed + i)."""
+
+_DRAW_SEED = 20_250_407
+"""Draws held-out rows of a data set: the same at every training seed."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ class ChainSumProblems(Sequence[Problem]):
 
 
 class _Selected(Sequence[Problem]):
-    """Some of the problems of another sequence, under their old ``index``."""
+    """Some of the problems of another sequence; ``index`` is their place in this one."""
 
     def __init__(self, problems: Sequence[Problem], kept: Sequence[int]) -> None:
         self._problems, self._kept = problems, kept
@@ -91,8 +95,8 @@ class _Selected(Sequence[Problem]):
     def __getitem__(self, index: slice) -> list[Problem]: ...
     def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
         if isinstance(index, slice):
-            return [self._problems[i] for i in self._kept[index]]
-        return self._problems[self._kept[index]]
+            return [self[i] for i in range(*index.indices(len(self)))]
+        return replace(self._problems[self._kept[index]], index=index % len(self))
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, object]:
@@ -115,3 +119,51 @@ def heldout_chains(task: ChainSumTaskConfig) -> list[Problem]:
         f"task.heldout_problems is {task.heldout_problems}, but only {len(chosen)} different chains were found: "
         "lower it or raise task.max_terms"
     )
+
+
+def _chain_sum(task: ChainSumTaskConfig, seed: int) -> Task:
+    heldout = heldout_chains(task)
+    problems = ChainSumProblems(task, task.train_problems, seed * _SEED_STRIDE)
+    train = _without(problems, heldout)
+    return Task("chain_sum", train, heldout, len(problems) - len(train))
+
+
+def _dataset(task: DatasetTaskConfig) -> Task:
+    def load(name: str, split: str) -> list[Problem]:
+        return load_problems(
+            name,
+            question_column=task.question_column,
+            answer_column=task.answer_column,
+            answer_separator=task.answer_separator,
+            hf_config=task.hf_config,
+            split=split,
+        )
+
+    rows = load(task.train, task.train_split)
+    if task.heldout is not None:
+        heldout = _drawn(load(task.heldout, task.heldout_split), task.heldout_problems)
+        train = _without(rows, heldout)
+        removed = len(rows) - len(train)
+    else:
+        heldout = _drawn(rows, task.heldout_problems)
+        train = _without(rows, heldout)
+        removed = len(rows) - len(train) - len(heldout)
+    if not train:
+        raise ConfigError(
+            f"task.train={task.train} leaves no training problem: {len(rows)} rows, {len(heldout)} of them held out; "
+            "lower task.heldout_problems or give task.heldout a file of its own"
+        )
+    return Task(Path(task.train).stem, train, heldout, removed)
+
+
+def _drawn(problems: list[Problem], count: int) -> list[Problem]:
+    """``count`` of the problems, in their old order, the same at every training seed."""
+    if count >= len(problems):
+        return problems
+    return [problems[i] for i in sorted(random.Random(_DRAW_SEED).sample(range(len(problems)), count))]
+
+
+def _without(problems: Sequence[Problem], heldout: list[Problem]) -> Sequence[Problem]:
+    """The problems whose question is not one of the held-out ones."""
+    taken = {normalise_question(problem.question) for problem in heldout}
+    return _Selected(problems, [i for i, p in enumerate(problems) if normalise_question(p.question) not in taken])

@@ -66,7 +66,7 @@ def _final(text: str) -> str:
         text = text.rpartition("####")[2]
     elif not ("\\begin{" in text or text.lstrip().startswith(("$$", "\\["))):
         text = last_line(text) or ""
-    return text.translate(_UNICODE).strip()
+    return text.translate(_UNICODE).strip().rstrip("\\").rstrip()
 
 
 def _plain(text: str) -> str:

@@ -33,7 +33,7 @@ class PlainNumber:
 
 
 def parse_number(text: str) -> PlainNumber | None:
-    """``-1,234.5``, ``$5``, ``3/4``, ``\\frac{3}{4}``, ``50\\%``, ``1.5e3``, ``2 \\times 10^{3}``; None for all else."""
+    """``-1,234.5``, ``$5``, ``3/4``, ``\\frac{3}{4}``, ``50\\%``, ``2 \\times 10^{3}``; None for all else."""
     if len(text) > 2 * MAX_DIGITS or not text.isascii():
         return None
     found = _NUMBER.fullmatch(text)

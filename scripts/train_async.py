@@ -1,0 +1,32 @@
+"""Trains a reasoning model by asynchronous VAPO: ``python scripts/train_async.py [key=value …]``, ``--help`` explains."""
+
+import sys
+
+from vapo_async.config import ConfigError
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code: 0 finished, 1 failed, 2 a mistake in what was asked for, 130 interrupted (resume=auto goes on)."""
+    from vapo_async.config_load import help_text, load_config
+
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(help_text())
+        return 0
+    try:
+        config = load_config(arguments)
+        from vapo_async.launcher.run import launch
+        from vapo_async.metrics.console import Console
+
+        with Console() as console:
+            summary, _ = launch(config, console)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("left at once, without a checkpoint of the last batches", file=sys.stderr)
+        return 130
+    return 130 if summary.status == "interrupted" else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,95 @@
+"""The staleness arithmetic against hand-made queues."""
+
+import itertools
+
+import pytest
+
+from vapo_async.buffer import StalenessBudget, choose_batch
+
+
+@pytest.mark.parametrize(("bound", "lead"), [(0, 1), (2, 3), (2, -1), (-1, 0)])
+def test_lead_above_the_bound_is_refused(bound: int, lead: int) -> None:
+    with pytest.raises(ValueError, match="0 <= lead <= max_staleness"):
+        StalenessBudget(8, bound, lead)
+
+
+def test_admission_spends_the_lead() -> None:
+    budget = StalenessBudget(groups_per_batch=8, max_staleness=8, lead=2)
+    assert [budget.charge() for _ in range(25)] == [*range(24), None]
+    budget.refund()
+    assert [budget.charge(), budget.charge()] == [24, None], "a refund gives one place and a new id"
+    assert budget.publish() == 1
+    assert [budget.charge() for _ in range(9)] == [*range(25, 33), None]
+
+
+def test_synchronous_admits_one_batch_per_version() -> None:
+    budget = StalenessBudget(4, 0, 0)
+    for version in range(3):
+        assert sum(budget.charge() is not None for _ in range(10)) == 4
+        assert budget.publish() == version + 1
+
+
+def test_takes_the_oldest_finished_while_there_is_slack() -> None:
+    queue = [(0, False), (0, True), (0, False), (0, True), (0, True)]
+    assert choose_batch(queue, 2, 4, 0).positions == [1, 3]
+
+
+def test_waits_for_the_ticket_that_would_miss_its_deadline() -> None:
+    queue = [(0, False), (3, True), (3, True)]
+    assert choose_batch(queue, 2, 4, 3).positions == [1, 2], "position 0: 3 + 1 + 0 - 0 = 4 <= 4"
+    assert choose_batch(queue, 2, 3, 3) == (None, 0), "4 > 3"
+
+
+def test_position_of_an_overtaken_ticket_counts() -> None:
+    queue = [(1, False), (1, False), (0, False), (1, True), (1, True)]  # the third would be served one version later
+    assert choose_batch(queue, 2, 2, 0).positions == [3, 4], "0 + 1 + 2 // 2 - 0 = 2 <= 2"
+    assert choose_batch(queue, 2, 1, 0) == (None, 2)
+
+
+def test_too_few_finished() -> None:
+    assert choose_batch([(0, True), (0, False)], 2, 8, 0) == (None, None)
+    assert choose_batch([], 1, 0, 0) == (None, None)
+
+
+def _rule_in_words(queue: list[tuple[int, bool]], b: int, s: int, published: int) -> list[int] | None:
+    """DESIGN §6, written down as it is read."""
+    chosen = [i for i, (_, finished) in enumerate(queue) if finished][:b]
+    rest = [version for i, (version, _) in enumerate(queue) if i not in chosen]
+    in_time = all(published + 1 + i // b - version <= s for i, version in enumerate(rest))
+    return chosen if len(chosen) == b and in_time else None
+
+
+def test_equals_the_rule_in_words_and_no_other_choice_helps() -> None:
+    for b, s, published in itertools.product((1, 2), (0, 1, 2), (1, 2)):
+        for versions in itertools.combinations_with_replacement(range(published + 1), 4):
+            for finished in itertools.product((False, True), repeat=4):
+                queue = list(zip(versions, finished, strict=True))
+                got, late = choose_batch(queue, b, s, published)
+                assert got == _rule_in_words(queue, b, s, published)
+                if any(published + i // b - m > s for i, m in enumerate(versions)):
+                    continue  # a queue that is late already cannot come about
+                assert late is None or not finished[late], "only an unfinished ticket is ever waited for"
+                done = [i for i, f in enumerate(finished) if f]
+                for other in itertools.combinations(done, b):
+                    rest = [m for i, m in enumerate(versions) if i not in other]
+                    if all(published + 1 + i // b - m <= s for i, m in enumerate(rest)):
+                        assert got is not None
+
+
+def test_deadline_ok() -> None:
+    budget = StalenessBudget(8, 2, 2, published=3)
+    assert budget.deadline_ok(position=7, version=2) and not budget.deadline_ok(position=8, version=2)
+
+
+def test_state_round_trip_and_its_checks() -> None:
+    budget = StalenessBudget(2, 4, 1, charged=7, refunded=3, published=2)
+    state = budget.state_dict()
+    assert all(type(value) is int for value in state.values())
+    fresh = StalenessBudget(2, 3, 0)
+    fresh.load_state_dict(state)
+    assert fresh.state_dict() == state
+    assert [fresh.charge() for _ in range(3)] == [7, 8, None], "ids go on; one batch, no burst"
+    with pytest.raises(ValueError, match="groups_per_batch=2"):
+        StalenessBudget(4, 4, 1).load_state_dict(state)
+    with pytest.raises(ValueError, match="5 != 4"):
+        StalenessBudget(2, 4, 1).load_state_dict({**state, "charged": 8})

@@ -1,0 +1,203 @@
+"""The worker processes: limits, deaths, restarts, and none left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from vapo_async.verifier import Sandbox, SandboxError, is_equivalent
+from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, EquivalenceJob, Job, Outcome, ReasoningGymJob
+
+RIGHT = Outcome(True)
+HONEST = EquivalenceJob("1/2", r"\frac{x}{2x}")  # needs SymPy
+HANGS = EquivalenceJob("42", r"10^{10^{10}}!")
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(workers=2, timeout_s=2.0, memory_mb=2048) as box:
+        yield box
+
+
+def _gone(pid: int, within_s: float = 10.0) -> bool:
+    end = time.monotonic() + within_s
+    while time.monotonic() < end:
+        try:
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_order_is_kept(sandbox: Sandbox) -> None:
+    jobs = [EquivalenceJob(str(i), str(i if i % 3 else i + 1)) for i in range(500)]
+    assert [outcome.correct for outcome in sandbox.run(jobs)] == [i % 3 != 0 for i in range(500)]
+    assert sandbox.run([]) == []
+
+
+def test_reasoning_gym_pays_in_full_or_not_at_all(sandbox: Sandbox) -> None:
+    preds = ["5", "15", "the answer is 5", "5.0", ""]
+    outcomes = sandbox.run([ReasoningGymJob("chain_sum", "5", pred) for pred in preds])
+    assert [outcome.correct for outcome in outcomes] == [True, False, False, False, False]
+    countdown = {"numbers": [2, 3], "target": 5}
+    jobs = [ReasoningGymJob("countdown", "2 + 3", pred, countdown) for pred in ["3+2", "5", "__import__('os').abort()"]]
+    assert [outcome.correct for outcome in sandbox.run(jobs)] == [True, False, False]
+
+
+def test_unknown_dataset_is_an_error(sandbox: Sandbox) -> None:
+    with pytest.raises(SandboxError, match="no_such_task"):
+        sandbox.run([ReasoningGymJob("no_such_task", "5", "5")])
+    assert sandbox.run([HONEST]) == [RIGHT]
+
+
+def test_metadata_that_json_cannot_say_is_refused(sandbox: Sandbox) -> None:
+    with pytest.raises(TypeError):
+        sandbox.run([ReasoningGymJob("chain_sum", "5", "5", {"bad": object()})])
+
+
+def test_long_answers_are_not_looked_at(sandbox: Sandbox) -> None:
+    assert sandbox.run([EquivalenceJob("1", "1" * (MAX_ANSWER_CHARS + 1)), HONEST]) == [
+        Outcome(False, "too long"),
+        RIGHT,
+    ]
+
+
+def test_a_hang_costs_only_its_own_answer(sandbox: Sandbox) -> None:
+    jobs: list[Job] = [HONEST] * 5 + [HANGS] + [HONEST] * 5
+    start = time.monotonic()
+    outcomes = sandbox.run(jobs)
+    assert outcomes == [RIGHT] * 5 + [Outcome(False, "timeout")] + [RIGHT] * 5
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [
+        "9**9**9**9",
+        "\\frac{" * 600,
+        "$" * 3000,
+        "\\left(" * 200,
+        "1," * 1500,
+        "\ud800\\u0000\x00",
+        "\\begin{matrix}" * 50,
+        "x^{99999999999}-1",
+    ],
+)
+def test_hostile_answers_are_wrong_and_the_next_is_judged(sandbox: Sandbox, hostile: str) -> None:
+    outcomes = sandbox.run([EquivalenceJob("42", hostile), HONEST])
+    assert not outcomes[0].correct
+    assert outcomes[1] == RIGHT
+
+
+def test_memory_is_limited() -> None:
+    with Sandbox(workers=1, timeout_s=10.0, memory_mb=600) as box:
+        outcomes = box.run([EquivalenceJob("42", "9^{9^{9}}"), HONEST])
+        assert not outcomes[0].correct
+        assert outcomes[1] == RIGHT
+
+
+def test_stopped_and_killed_workers_are_replaced(sandbox: Sandbox) -> None:
+    sandbox.run([HONEST] * 8)
+    for death in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in sandbox.pids:
+            os.kill(pid, death)
+        assert sandbox.run([HONEST] * 8) == [RIGHT] * 8
+
+
+@pytest.mark.parametrize(("death", "note"), [(signal.SIGKILL, "crashed"), (signal.SIGSTOP, "timeout")])
+def test_a_death_in_the_middle_of_an_answer(death: signal.Signals, note: str) -> None:
+    with Sandbox(workers=1, timeout_s=3.0, memory_mb=2048) as box:
+        box.run([HONEST])
+        timer = threading.Timer(1.0, os.kill, (box.pids[0], death))
+        timer.start()
+        outcomes = box.run([HANGS, HONEST])
+        timer.join()
+    assert outcomes == [Outcome(False, note), RIGHT]
+
+
+def test_threads_may_share_it(sandbox: Sandbox) -> None:
+    results: dict[int, list[bool]] = {}
+
+    def ask(n: int) -> None:
+        results[n] = [o.correct for o in sandbox.run([EquivalenceJob(str(n), str(i)) for i in range(20)])]
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {n: [i == n for i in range(20)] for n in range(8)}
+
+
+def test_throughput(sandbox: Sandbox) -> None:
+    jobs = [EquivalenceJob(f"{i:,}", str(i)) for i in range(2000)]
+    sandbox.run(jobs[:10])
+    start = time.monotonic()
+    assert all(outcome.correct for outcome in sandbox.run(jobs))
+    assert len(jobs) / (time.monotonic() - start) > 500  # answers per second
+
+
+def test_close_leaves_no_process() -> None:
+    box = Sandbox(workers=2, timeout_s=2.0, memory_mb=2048)
+    pids = box.pids
+    box.run([HONEST])
+    box.close()
+    box.close()
+    assert all(_gone(pid) for pid in pids)
+    with pytest.raises(RuntimeError, match="closed"):
+        box.run([HONEST])
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_workers_end_with_a_killed_parent(busy: bool) -> None:
+    code = (
+        "from vapo_async.verifier import Sandbox; from vapo_async.verifier.jobs import EquivalenceJob as E\n"
+        "box = Sandbox(1, 2.0, 2048); box.run([E('x', 'y')]); print(box.pids[0], flush=True)\n"
+        f"box.run([E('42', '10^{{10^{{10}}}}!')]) if {busy} else input()"
+    )
+    root = Path(__file__).parents[2]
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert parent.stdout is not None
+    worker = int(parent.stdout.readline())
+    time.sleep(0.5)
+    parent.kill()
+    parent.communicate()
+    assert _gone(worker)
+
+
+def test_a_worker_imports_no_torch() -> None:
+    code = (
+        "import sys, vapo_async.verifier.worker as w; scorers = {}\n"
+        "w._load({'kind': 'equivalence'}, scorers)\n"
+        "w._load({'kind': 'reasoning_gym', 'dataset': 'chain_sum'}, scorers)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+def test_workers_that_cannot_start_are_an_error() -> None:
+    with Sandbox(workers=1, timeout_s=2.0, memory_mb=200) as box, pytest.raises(SandboxError, match="memory_mb"):
+        box.run([HONEST])
+
+
+@pytest.mark.parametrize("settings", [(0, 1.0, 512), (1, 0.0, 512), (1, 1.0, 0)])
+def test_senseless_settings_are_refused(settings: tuple[int, float, int]) -> None:
+    with pytest.raises(ValueError, match=r"verifier\."):
+        Sandbox(*settings)
+
+
+def test_is_equivalent() -> None:
+    assert is_equivalent(r"\frac{1}{2}", "0.5")
+    assert not is_equivalent("42", "The answer is 43")
+    assert not is_equivalent("42", "4" * 10_000)

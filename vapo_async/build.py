@@ -1,0 +1,125 @@
+"""Each stage from the config: what a process builds for itself, given the folder of the base model.
+
+Every random source gets a seed of its own, derived from ``config.seed`` and the name of what draws from it.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from vapo_async.buffer import RolloutBuffer
+from vapo_async.collector.collector import Collector
+from vapo_async.collector.evaluator import Evaluator
+from vapo_async.collector.factory import build_engine
+from vapo_async.config import AdvantageKind, Config, ConfigError, TorchLearnerConfig, resolved_lead
+from vapo_async.flow import Flow
+from vapo_async.learner.learner import Learner
+from vapo_async.learner.models import Critic
+from vapo_async.models.load import load_policy, load_tokenizer
+from vapo_async.prompts.stream import PromptStream
+from vapo_async.prompts.tasks import Task, build_task
+from vapo_async.prompts.template import render
+from vapo_async.schema import Problem
+from vapo_async.verifier.scoring import TaskVerifier
+
+
+def derived_seed(seed: int, name: str) -> int:
+    """A 63-bit seed for one random source of a run."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def max_length(config: Config) -> int:
+    """Tokens of the longest prompt and response together."""
+    return config.task.max_prompt_tokens + config.task.max_response_tokens
+
+
+def build_collector(config: Config, model_path: Path, worker: int) -> Collector:
+    """The rollout worker number ``worker``."""
+    tokenizer = load_tokenizer(model_path)
+    engine = build_engine(
+        config.engine,
+        load_policy(model_path, config.model.dtype),
+        tokenizer,
+        max_length=max_length(config),
+        seed=derived_seed(config.seed, f"engine/{worker}"),
+    )
+    return Collector(
+        engine,
+        tokenizer,
+        group_size=config.algorithm.group_size,
+        max_response_tokens=config.task.max_response_tokens,
+    )
+
+
+def build_evaluator(config: Config, model_path: Path) -> Evaluator:
+    """An engine of its own, at the evaluation's temperature."""
+    tokenizer = load_tokenizer(model_path)
+    engine = build_engine(
+        config.engine,
+        load_policy(model_path, config.model.dtype),
+        tokenizer,
+        max_length=max_length(config),
+        seed=derived_seed(config.seed, "evaluation"),
+        temperature=config.evaluation.temperature,
+    )
+    return Evaluator(engine, tokenizer, max_response_tokens=config.task.max_response_tokens)
+
+
+def build_verifier(config: Config) -> TaskVerifier:
+    return TaskVerifier(config.task, config.verifier)
+
+
+def build_flow(config: Config, model_path: Path) -> Flow:
+    """The prompt stream and the bounded buffer."""
+    tokenizer = load_tokenizer(model_path)
+    task = build_task(config.task, config.seed)
+    stream = PromptStream(task, tokenizer, config.task, derived_seed(config.seed, "prompts"))
+    buffer = RolloutBuffer(
+        config.algorithm.groups_per_batch,
+        config.algorithm.group_size,
+        config.buffer.max_staleness,
+        resolved_lead(config.buffer),
+    )
+    return Flow(stream, buffer)
+
+
+def build_learner(config: Config, model_path: Path) -> Learner:
+    """Policy and critic; the critic starts from ``model.critic_path``'s backbone or a copy of the policy's."""
+    policy = load_policy(model_path, config.model.dtype)
+    critic = None
+    if config.algorithm.advantage is AdvantageKind.gae:
+        critic_path = config.model.critic_path
+        critic = Critic.from_policy(policy if critic_path is None else load_policy(Path(critic_path), config.model.dtype))
+    match config.learner:
+        case TorchLearnerConfig():
+            return Learner(
+                config.algorithm,
+                config.learner,
+                policy,
+                critic,
+                temperature=config.engine.temperature,
+                seed=derived_seed(config.seed, "learner"),
+            )
+    raise TypeError(f"no learner for {type(config.learner).__name__}")
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out problems with their prompts."""
+
+    problems: list[Problem]
+    prompts: list[tuple[int, ...]]
+
+
+def build_heldout(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase, problems: int) -> HeldOut:
+    """The first ``problems`` held-out problems (all, if there are fewer) whose prompts fit."""
+    rendered = [(problem, render(problem, tokenizer, config.task)[1]) for problem in task.heldout[:problems]]
+    fitting = [(problem, ids) for problem, ids in rendered if len(ids) <= config.task.max_prompt_tokens]
+    if not fitting:
+        raise ConfigError(
+            f"no held-out problem fits task.max_prompt_tokens={config.task.max_prompt_tokens}: raise it"
+        )
+    return HeldOut([p for p, _ in fitting], [tuple(ids) for _, ids in fitting])

@@ -1,0 +1,74 @@
+"""From a checked config to a finished run: base model, run folder, stages, control loop."""
+
+import os
+import time
+from pathlib import Path
+
+from vapo_async.checkpoint import find_resume
+from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
+from vapo_async.config_load import save_config
+from vapo_async.launcher.inline import InlineStages
+from vapo_async.metrics.console import Console
+from vapo_async.metrics.loggers import check_loggers
+from vapo_async.metrics.summary import Summary
+from vapo_async.models.load import ensure_model
+from vapo_async.pipeline import train
+from vapo_async.prompts.tasks import build_task
+from vapo_async.stages import Stages
+
+CONFIG_FILE = "config.yaml"
+
+
+def launch(config: Config, console: Console) -> tuple[Summary, Path]:
+    """Trains; returns the summary and the run's folder.
+
+    Raises:
+        ConfigError: something that the user can mend.
+    """
+    check_loggers(config.logging)
+    build_task(config.task, config.seed)  # data problems show before anything is started
+    resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
+    run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
+    if resumed is None:
+        save_config(config, run_dir / CONFIG_FILE)
+    console.note(f"run folder: {run_dir}")
+    model_path = ensure_model(config.model, console.note)
+    stages = build_stages(config, model_path)
+    try:
+        return train(config, stages, run_dir, console, resume=resumed is not None), run_dir
+    finally:
+        stages.shutdown()
+
+
+def build_stages(config: Config, model_path: Path) -> Stages:
+    """The stages where ``launcher=`` puts them."""
+    match config.launcher:
+        case InlineLauncherConfig():
+            return InlineStages(config, model_path)
+        case RayLauncherConfig() as launcher:
+            from vapo_async.launcher.ray_stages import RayStages  # importing ray takes a second
+
+            return RayStages(config, launcher, model_path)
+    raise TypeError(f"no launcher for {type(config.launcher).__name__}")
+
+
+def _new_run_dir(runs_dir: Path, name: str) -> Path:
+    """``runs_dir/name/<time>``; a second run in one second gets a suffix."""
+    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    try:
+        for attempt in range(1000):
+            run_dir = runs_dir / name / (stamp if attempt == 0 else f"{stamp}_{attempt}")
+            try:
+                run_dir.mkdir(parents=True)
+            except FileExistsError:
+                if not run_dir.is_dir():
+                    raise
+                continue
+            if not os.access(run_dir, os.W_OK):
+                raise PermissionError(13, "Permission denied")
+            return run_dir
+    except OSError as error:
+        raise ConfigError(
+            f"runs_dir={runs_dir}: cannot write the run folder there ({error.strerror}); choose another"
+        ) from error
+    raise ConfigError(f"runs_dir={runs_dir}: a thousand runs named {name} in one second; choose another name")

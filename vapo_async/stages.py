@@ -1,0 +1,139 @@
+"""What the control loop needs from the stages, whichever processes they live in."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from vapo_async.build import HeldOut
+from vapo_async.collector.collector import FinishedGroup
+from vapo_async.collector.evaluator import Evaluator
+from vapo_async.learner.learner import UpdateResult
+from vapo_async.schema import RESPONSE_MASK, Score, set_score
+from vapo_async.verifier.scoring import ScoreRequest, TaskVerifier
+
+
+class StageTimeoutError(RuntimeError):
+    """A wait ran out; the message says who waited for whom, for how long, and what to do."""
+
+
+class StageDiedError(RuntimeError):
+    """A stage's process ended before the run did; the message names it."""
+
+
+@dataclass(frozen=True)
+class TakenBatch:
+    """A batch on its way to the learner: ``handle`` is the launcher's own."""
+
+    handle: Any
+    ages: list[int]
+    version: int
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Verdicts [problems][k] of the policy after ``step`` updates."""
+
+    step: int
+    correct: list[list[bool]]
+    mean_length: float
+
+
+@dataclass(frozen=True)
+class FlowStats:
+    """Where generation and tickets stand, cumulative over this process's part of the run."""
+
+    generated_tokens: int
+    generation_wait_s: float
+    """Seconds that rollout workers had nothing to generate, summed over workers."""
+    workers: int
+    tickets: dict[str, int] = field(default_factory=dict)
+    verifier: dict[str, int] = field(default_factory=dict)
+    """Counters of the verifier: answers scored, time-outs, crashes."""
+
+
+class Stages(Protocol):
+    """One launcher's way to run the stages. ``take`` → ``learn`` → ``publish``, again and again."""
+
+    def take(self) -> TakenBatch | None:
+        """Waits for the next batch; None once the flow is closed and no batch is left. Interruptible by a signal."""
+        ...
+
+    def learn(self, batch: TakenBatch) -> UpdateResult:
+        """Trains on a batch."""
+        ...
+
+    def publish(self, policy_changed: bool) -> int:
+        """Hands the learner's weights to every engine, then counts the version. Returns the new version."""
+        ...
+
+    def start_evaluation(self, step: int, problems: int) -> None:
+        """Evaluates the learner's present policy; may go on beside training."""
+        ...
+
+    def finished_evaluations(self, wait: bool) -> list[EvaluationResult]:
+        """Those that ended since the last call, in the order of their start; ``wait`` for all that were started."""
+        ...
+
+    def stop_taking(self) -> TakenBatch | None:
+        """Closes the flow after an interrupted ``take``; returns the batch that it may have been given meanwhile."""
+        ...
+
+    def stats(self) -> FlowStats: ...
+
+    def save(self, folder: Path) -> None:
+        """Writes learner and flow into an existing folder."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """The reverse, before the first ``take``; engines get the weights too."""
+        ...
+
+    def shutdown(self) -> None:
+        """Ends every process of the stages. May be called twice."""
+        ...
+
+
+class Scorer(Protocol):
+    """Judges responses: the verifier itself, or a stand-in for one in another process."""
+
+    def score(self, items: Sequence[ScoreRequest]) -> list[Score]: ...
+
+
+def verifier_counters(verifier: TaskVerifier) -> dict[str, int]:
+    """Answers judged so far, and those that cost the judge's process its time or its life."""
+    return {"scored": verifier.scored, "timeouts": verifier.timeouts, "crashes": verifier.crashes}
+
+
+def score_requests(finished: FinishedGroup) -> list[ScoreRequest]:
+    """What the verifier has to judge of a group."""
+    return [
+        ScoreRequest(finished.prompt.problem, text, int(trajectory[RESPONSE_MASK].sum()))
+        for text, trajectory in zip(finished.texts, finished.group.unbind(0), strict=True)
+    ]
+
+
+def write_scores(finished: FinishedGroup, scores: Sequence[Score]) -> None:
+    """Rewards and verdicts into the group's trajectories."""
+    for trajectory, score in zip(finished.group.tensordicts, scores, strict=True):
+        set_score(trajectory, score)
+
+
+def evaluate(
+    evaluator: Evaluator, verifier: Scorer, heldout: HeldOut, *, step: int, problems: int, samples: int
+) -> EvaluationResult:
+    """Samples and judges the first ``problems`` held-out problems."""
+    chosen = heldout.problems[:problems]
+    sampled = evaluator.sample(heldout.prompts[:problems], samples)
+    requests = [
+        ScoreRequest(problem, text, length)
+        for problem, responses in zip(chosen, sampled, strict=True)
+        for text, length in zip(responses.texts, responses.lengths, strict=True)
+    ]
+    verdicts = [score.correct for score in verifier.score(requests)]
+    lengths = [length for responses in sampled for length in responses.lengths]
+    return EvaluationResult(
+        step,
+        [verdicts[i : i + samples] for i in range(0, len(verdicts), samples)],
+        sum(lengths) / len(lengths),
+    )

@@ -1,0 +1,114 @@
+"""One worker process as its parent sees it: spawn, non-blocking pipes, deadlines, kill. Decides nothing."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from vapo_async.verifier.jobs import unpack
+
+START_TIMEOUT_S = 60.0
+"""Limit for a worker to import what a batch needs."""
+_MAX_REPLY_BYTES = 1 << 16
+# A small environment: a worker that runs scorers on a model's text has no use for the parent's credentials.
+_PASSED_ON = (
+    *("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "LANG"),
+    *("HOME", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "MPLCONFIGDIR"),
+)
+
+
+def _environment() -> dict[str, str]:
+    env = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    root = str(Path(__file__).resolve().parents[2])
+    env["PYTHONPATH"] = os.pathsep.join([root, *filter(None, [env.get("PYTHONPATH")])])
+    env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    if not os.access(env.get("HOME", ""), os.W_OK):
+        # reasoning-gym imports matplotlib, which insists on a writable folder (the worker has no use for it).
+        env.setdefault("MPLCONFIGDIR", tempfile.gettempdir())
+    return env
+
+
+class WorkerProcess:
+    """A running worker, and what it owes: ``owed`` holds the indices of the jobs sent and not yet answered."""
+
+    def __init__(self, memory_mb: int) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-B", "-m", "vapo_async.verifier.worker", str(memory_mb)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_environment(),
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is the parent's business, and its children die with it
+        )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self.stdin = self._process.stdin.fileno()
+        self.stdout = self._process.stdout.fileno()
+        os.set_blocking(self.stdin, False)
+        os.set_blocking(self.stdout, False)
+        self.owed: deque[int] = deque()
+        self.ready = False  # has loaded what the batch at hand needs
+        self.deadline = 0.0
+        self._timeout_s = 0.0
+        self._loaded: set[str] = set()
+        self._outgoing = memoryview(b"")
+        self._incoming = bytearray()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def sending(self) -> bool:
+        """Part of a batch has not gone into the pipe yet."""
+        return len(self._outgoing) > 0
+
+    def assign(self, frame: bytes, indices: Iterable[int], needs: set[str], timeout_s: float) -> None:
+        """Hands over a batch. Loading has a limit of its own; each answer then has ``timeout_s``."""
+        assert not self.owed, "a worker takes one batch at a time"
+        self.owed.extend(indices)
+        self.ready = False
+        self._timeout_s = timeout_s
+        limit = timeout_s if needs <= self._loaded else max(START_TIMEOUT_S, timeout_s)
+        self._loaded |= needs
+        self.deadline = time.monotonic() + limit
+        self._outgoing = memoryview(frame)
+
+    def send(self) -> None:
+        """Writes what the pipe takes now. ``BrokenPipeError`` if the worker is gone."""
+        with suppress(BlockingIOError):
+            self._outgoing = self._outgoing[os.write(self.stdin, self._outgoing) :]
+
+    def receive(self) -> list[dict[str, object]] | None:
+        """The complete replies that have come, or None at the end of the stream. ``ValueError`` for garbage."""
+        try:
+            data = os.read(self.stdout, 1 << 16)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        self._incoming += data
+        replies = list(unpack(self._incoming, _MAX_REPLY_BYTES))
+        if replies:
+            self.deadline = time.monotonic() + self._timeout_s
+        return replies
+
+    def kill(self) -> None:
+        """Ends the process and what it may have started, at once, and reaps it."""
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with suppress(OSError):
+                    pipe.close()

@@ -1,0 +1,175 @@
+"""A pool of worker processes that judge answers under time and memory limits.
+
+Whatever an answer does to its worker costs that answer only: the worker is killed, another one takes over the rest.
+Workers are fresh interpreters (no fork of a threaded parent), and end with their parent, even when it is killed.
+"""
+
+import math
+import selectors
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Self
+
+from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, Job, Outcome, encode_job, needs, pack
+from vapo_async.verifier.process import WorkerProcess
+
+_MAX_BATCH = 64
+_MAX_FAILED_STARTS = 3
+"""Workers in a row that end before they are ready; then something is wrong that no restart mends."""
+
+
+class SandboxError(RuntimeError):
+    """No worker can be brought to judge answers: a broken installation or a memory limit that is too low."""
+
+
+class Sandbox:
+    """``workers`` processes, ``timeout_s`` seconds for one answer, ``memory_mb`` MiB of address space per process.
+
+    Threads may share it; their calls take turns. Use it as a context manager, or call :meth:`close`.
+    """
+
+    def __init__(self, workers: int, timeout_s: float, memory_mb: int) -> None:
+        if workers < 1:
+            raise ValueError(f"verifier.workers is {workers}, expected at least 1")
+        if not timeout_s > 0:
+            raise ValueError(f"verifier.timeout_s is {timeout_s}, expected more than 0 seconds")
+        if memory_mb < 1:
+            raise ValueError(f"verifier.memory_mb is {memory_mb}, expected at least 1 MiB (512 is a sensible minimum)")
+        self._timeout_s = timeout_s
+        self._memory_mb = memory_mb
+        self._lock = threading.Lock()
+        self._closed = False
+        self._failed_starts = 0
+        self._workers = [WorkerProcess(memory_mb) for _ in range(workers)]
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process ids of the workers."""
+        return tuple(worker.pid for worker in self._workers)
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """The outcomes in the order of ``jobs``.
+
+        Raises :class:`SandboxError` if no worker can be started, ``TypeError`` for metadata that is not JSON data,
+        ``RuntimeError`` after :meth:`close`. Nothing that stands in an answer raises.
+        """
+        encoded = [encode_job(job) for job in jobs]
+        pack({"jobs": encoded})  # what JSON cannot say is refused before anything is sent
+        outcomes: list[Outcome | None] = [
+            Outcome(False, "too long") if len(job.pred) > MAX_ANSWER_CHARS else None for job in jobs
+        ]
+        pending = deque(i for i, outcome in enumerate(outcomes) if outcome is None)
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the sandbox is closed")
+            try:
+                self._loop(jobs, encoded, pending, outcomes)
+            finally:  # after Ctrl-C or an error nothing may answer a later call with this call's verdicts
+                for slot, worker in enumerate(self._workers):
+                    if worker.owed:
+                        self._replace(slot)
+        assert all(outcome is not None for outcome in outcomes), "every job has an outcome"
+        return [outcome for outcome in outcomes if outcome is not None]
+
+    def close(self) -> None:
+        """Ends the workers; waits for a call in progress. Closing twice is fine."""
+        with self._lock:
+            self._closed = True
+            for worker in self._workers:
+                worker.kill()
+            self._workers = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _loop(
+        self,
+        jobs: Sequence[Job],
+        encoded: list[dict[str, object]],
+        pending: deque[int],
+        outcomes: list[Outcome | None],
+    ) -> None:
+        while pending or any(worker.owed for worker in self._workers):
+            for slot, worker in enumerate(self._workers):
+                if pending and not worker.owed:
+                    if not worker.alive:
+                        worker = self._replace(slot)
+                    size = min(_MAX_BATCH, math.ceil(len(pending) / (2 * len(self._workers))))
+                    batch = [pending.popleft() for _ in range(size)]
+                    frame = pack({"timeout_s": self._timeout_s, "jobs": [encoded[i] for i in batch]})
+                    worker.assign(frame, batch, {needs(jobs[i]) for i in batch}, self._timeout_s)
+            self._wait()
+            for slot, worker in enumerate(self._workers):
+                if worker.owed:
+                    self._advance(slot, worker, pending, outcomes)
+
+    def _wait(self) -> None:
+        """Until a worker can be written to or read from, or the first deadline."""
+        busy = [worker for worker in self._workers if worker.owed]
+        with selectors.DefaultSelector() as selector:
+            for worker in busy:
+                selector.register(worker.stdout, selectors.EVENT_READ)
+                if worker.sending:
+                    selector.register(worker.stdin, selectors.EVENT_WRITE)
+            selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
+
+    def _advance(self, slot: int, worker: WorkerProcess, pending: deque[int], outcomes: list[Outcome | None]) -> None:
+        """Moves the bytes that can move, then looks at the worker's deadline."""
+        try:
+            if worker.sending:
+                worker.send()
+            replies = worker.receive()
+        except (BrokenPipeError, ValueError):
+            replies = None
+        if replies is None:
+            self._give_up(slot, "crashed", pending, outcomes)
+            return
+        for reply in replies:
+            if isinstance(reply.get("error"), str):
+                raise SandboxError(f"a verifier worker cannot load what it needs: {reply['error']}; {self._way_out()}")
+            if not worker.ready and reply.get("ready") is True:
+                worker.ready = True
+                self._failed_starts = 0
+            elif worker.ready and worker.owed and isinstance(reply.get("correct"), bool):
+                outcomes[worker.owed.popleft()] = Outcome(reply["correct"] is True)
+            else:  # not our protocol: the answer took the worker over
+                self._give_up(slot, "crashed", pending, outcomes)
+                return
+        if worker.owed and time.monotonic() >= worker.deadline:
+            self._give_up(slot, "timeout", pending, outcomes)
+
+    def _give_up(self, slot: int, note: str, pending: deque[int], outcomes: list[Outcome | None]) -> None:
+        """Replaces a worker. The answer it was at is lost, the rest of its batch goes to the others."""
+        worker = self._workers[slot]
+        owed = list(worker.owed)
+        worker.owed.clear()
+        if worker.ready:
+            outcomes[owed.pop(0)] = Outcome(False, note)
+        else:  # it never came to an answer
+            self._failed_starts += 1
+            if self._failed_starts >= _MAX_FAILED_STARTS:
+                self._failed_starts = 0
+                raise SandboxError(
+                    f"{_MAX_FAILED_STARTS} verifier workers in a row ended before they were ready ({note}); "
+                    f"their messages are on stderr; {self._way_out()}"
+                )
+        pending.extendleft(reversed(owed))
+        self._replace(slot)
+
+    def _replace(self, slot: int) -> WorkerProcess:
+        self._workers[slot].kill()
+        self._workers[slot] = WorkerProcess(self._memory_mb)
+        return self._workers[slot]
+
+    def _way_out(self) -> str:
+        return (
+            f"check that math-verify and reasoning-gym import, or raise verifier.memory_mb (now {self._memory_mb} MiB)"
+        )
