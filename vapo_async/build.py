@@ -25,6 +25,14 @@ from vapo_async.schema import Problem
 from vapo_async.verifier.scoring import TaskVerifier
 
 
+@dataclass(frozen=True)
+class BaseModel:
+    """Folders of the base policy and of its tokenizer (often the same)."""
+
+    model: Path
+    tokenizer: Path
+
+
 def derived_seed(seed: int, name: str) -> int:
     """A 63-bit seed for one random source of a run."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -36,12 +44,12 @@ def max_length(config: Config) -> int:
     return config.task.max_prompt_tokens + config.task.max_response_tokens
 
 
-def build_collector(config: Config, model_path: Path, worker: int) -> Collector:
+def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
     """The rollout worker number ``worker``."""
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(base.tokenizer)
     engine = build_engine(
         config.engine,
-        load_policy(model_path, config.model.dtype),
+        load_policy(base.model, config.model.dtype),
         tokenizer,
         max_length=max_length(config),
         seed=derived_seed(config.seed, f"engine/{worker}"),
@@ -54,12 +62,12 @@ def build_collector(config: Config, model_path: Path, worker: int) -> Collector:
     )
 
 
-def build_evaluator(config: Config, model_path: Path) -> Evaluator:
+def build_evaluator(config: Config, base: BaseModel) -> Evaluator:
     """An engine of its own, at the evaluation's temperature."""
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(base.tokenizer)
     engine = build_engine(
         config.engine,
-        load_policy(model_path, config.model.dtype),
+        load_policy(base.model, config.model.dtype),
         tokenizer,
         max_length=max_length(config),
         seed=derived_seed(config.seed, "evaluation"),
@@ -72,9 +80,9 @@ def build_verifier(config: Config) -> TaskVerifier:
     return TaskVerifier(config.task, config.verifier)
 
 
-def build_flow(config: Config, model_path: Path) -> Flow:
+def build_flow(config: Config, base: BaseModel) -> Flow:
     """The prompt stream and the bounded buffer."""
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(base.tokenizer)
     task = build_task(config.task, config.seed)
     stream = PromptStream(task, tokenizer, config.task, derived_seed(config.seed, "prompts"))
     buffer = RolloutBuffer(
@@ -86,13 +94,15 @@ def build_flow(config: Config, model_path: Path) -> Flow:
     return Flow(stream, buffer)
 
 
-def build_learner(config: Config, model_path: Path) -> Learner:
+def build_learner(config: Config, base: BaseModel) -> Learner:
     """Policy and critic; the critic starts from ``model.critic_path``'s backbone or a copy of the policy's."""
-    policy = load_policy(model_path, config.model.dtype)
+    policy = load_policy(base.model, config.model.dtype)
     critic = None
     if config.algorithm.advantage is AdvantageKind.gae:
         critic_path = config.model.critic_path
-        critic = Critic.from_policy(policy if critic_path is None else load_policy(Path(critic_path), config.model.dtype))
+        critic = Critic.from_policy(
+            policy if critic_path is None else load_policy(Path(critic_path), config.model.dtype)
+        )
     match config.learner:
         case TorchLearnerConfig():
             return Learner(
@@ -119,7 +129,5 @@ def build_heldout(config: Config, task: Task, tokenizer: PreTrainedTokenizerBase
     rendered = [(problem, render(problem, tokenizer, config.task)[1]) for problem in task.heldout[:problems]]
     fitting = [(problem, ids) for problem, ids in rendered if len(ids) <= config.task.max_prompt_tokens]
     if not fitting:
-        raise ConfigError(
-            f"no held-out problem fits task.max_prompt_tokens={config.task.max_prompt_tokens}: raise it"
-        )
+        raise ConfigError(f"no held-out problem fits task.max_prompt_tokens={config.task.max_prompt_tokens}: raise it")
     return HeldOut([p for p, _ in fitting], [tuple(ids) for _, ids in fitting])

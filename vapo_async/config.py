@@ -117,6 +117,8 @@ class TaskConfig:
     """Length limit of a response, the end token included."""
     overlong_cache_tokens: int = 0
     """L_cache of the soft overlong punishment (DAPO); 0 = off."""
+    heldout_problems: int = 256
+    """Held-out problems kept for evaluation; at most as many as the held-out data has."""
     reward_correct: float = 1.0
     reward_wrong: float = -1.0
 
@@ -133,7 +135,6 @@ class ChainSumTaskConfig(TaskConfig):
     max_digits: int = 1
     train_problems: int = 20_000
     """Problems drawn for training; those that also occur in the held-out split are left out."""
-    heldout_problems: int = 256
     heldout_seed: int = 987_654_321_000
     """Draws the held-out problems: the same ones for every training seed."""
 
@@ -155,8 +156,6 @@ class DatasetTaskConfig(TaskConfig):
     answer_column: str = "answer"
     answer_separator: str | None = None
     """The gold answer is what follows the last one of these in the answer column (GSM8K: ``####``)."""
-    heldout_problems: int = 256
-    """At most that many held-out problems (the same ones for every training seed)."""
 
 
 @dataclass

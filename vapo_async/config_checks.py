@@ -106,6 +106,7 @@ def _task(c: TaskConfig) -> None:
     hint = "the punishment's ramp covers the last of the allowed tokens"
     fits = c.overlong_cache_tokens < c.max_response_tokens
     _require(fits, "task.overlong_cache_tokens", c.overlong_cache_tokens, bound, hint)
+    _at_least("task.heldout_problems", c.heldout_problems, 1)
     _finite("task.reward_wrong", c.reward_wrong)
     _finite("task.reward_correct", c.reward_correct)
     bound, better = f"> task.reward_wrong = {c.reward_wrong}", c.reward_correct > c.reward_wrong
@@ -115,7 +116,6 @@ def _task(c: TaskConfig) -> None:
             _ordered("task.min_terms", c.min_terms, "task.max_terms", c.max_terms)
             _ordered("task.min_digits", c.min_digits, "task.max_digits", c.max_digits)
             _at_least("task.train_problems", c.train_problems, 1)
-            _at_least("task.heldout_problems", c.heldout_problems, 1)
             _at_least("task.heldout_seed", c.heldout_seed, 0)
         case DatasetTaskConfig():
             _require(c.train != "", "task.train", c.train, "a file's path or the name of a data set")
@@ -123,7 +123,6 @@ def _task(c: TaskConfig) -> None:
             _require(c.answer_column != "", "task.answer_column", c.answer_column, "a column's name")
             hint = "null takes the whole answer column"
             _require(c.answer_separator != "", "task.answer_separator", c.answer_separator, "text or null", hint)
-            _at_least("task.heldout_problems", c.heldout_problems, 1)
 
 
 def _model(c: ModelConfig) -> None:
@@ -208,11 +207,10 @@ def _evaluation(c: EvaluationConfig, task: TaskConfig) -> None:
     _above("evaluation.temperature", c.temperature, 0, "scripts/evaluate.py does greedy decoding")
     if c.final_problems is not None:
         _at_least("evaluation.final_problems", c.final_problems, 1)
-    if isinstance(task, ChainSumTaskConfig | DatasetTaskConfig):
-        bound = f"≤ task.heldout_problems = {task.heldout_problems}"
-        for key, value in (("problems", c.problems), ("final_problems", c.final_problems)):
-            fits = value is None or value <= task.heldout_problems
-            _require(fits, f"evaluation.{key}", value, bound, "raise task.heldout_problems or lower this")
+    bound = f"≤ task.heldout_problems = {task.heldout_problems}"
+    for key, value in (("problems", c.problems), ("final_problems", c.final_problems)):
+        fits = value is None or value <= task.heldout_problems
+        _require(fits, f"evaluation.{key}", value, bound, "raise task.heldout_problems or lower this")
 
 
 def _require(holds: bool, key: str, value: object, expected: str, hint: str = "") -> None:

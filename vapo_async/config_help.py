@@ -87,6 +87,17 @@ def field_types(cfg: DictConfig) -> dict[str, Any]:
     return types
 
 
+def every_key() -> list[str]:
+    """Dotted keys of every field of every schema, whatever is chosen."""
+    keys: list[str] = []
+    for name, hint in get_type_hints(Config).items():
+        schemas: list[Any] = list(GROUPS.get(name, {}).values())
+        if not schemas and dataclasses.is_dataclass(hint):
+            schemas.append(hint)
+        keys += [f"{name}.{inner.name}" for schema in schemas for inner in dataclasses.fields(schema)] or [name]
+    return keys
+
+
 def describe_type(hint: Any) -> str:
     """A type in a user's words: ``a number or null``, ``one of token, sequence``."""
     if get_origin(hint) in (Union, UnionType):

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vapo_async.config import GROUPS, Config, ConfigError
 from vapo_async.config_checks import check_config
-from vapo_async.config_help import describe_type, field_docs, field_types, help_page
+from vapo_async.config_help import describe_type, every_key, field_docs, field_types, help_page
 
 EXPERIMENT = "experiment"
 
@@ -240,10 +240,7 @@ def _told_by_hydra(folder: Path, error: Exception) -> str:
     if len(lines) < 2 or "raised while composing" not in lines[0]:
         return f"{folder}: {lines[0] if lines else type(error).__name__}"
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
-    known = [
-        f"{group}.{name}" for group, kinds in GROUPS.items() for kind in kinds.values() for name in field_docs(kind)
-    ]
-    known += list(field_types(OmegaConf.structured(Config)))
+    known = every_key()
     hint = nearest(key, known) if key not in known else ""
     return f"{folder}: {lines[0].split(':')[0]}: {key}: {lines[1]}{hint}"
 

@@ -110,7 +110,7 @@ def test_deadline_holds_the_batch_back() -> None:
 
 
 @pytest.mark.parametrize("bound", [0, 1, 3])
-def test_lead_equal_to_bound_is_first_in_first_out_from_version_s_on(bound: int) -> None:
+def test_lead_equal_to_bound_is_first_in_first_out_after_version_s(bound: int) -> None:
     rng, buffer = random.Random(bound), RolloutBuffer(3, 2, max_staleness=bound, lead=bound)
     running: list[Ticket] = []
     while buffer.published < 12:

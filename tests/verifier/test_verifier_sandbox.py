@@ -26,7 +26,7 @@ def sandbox() -> Iterator[Sandbox]:
         yield box
 
 
-def _gone(pid: int, within_s: float = 10.0) -> bool:
+def _gone(pid: int, within_s: float = 30.0) -> bool:
     end = time.monotonic() + within_s
     while time.monotonic() < end:
         try:
@@ -45,7 +45,7 @@ def test_order_is_kept(sandbox: Sandbox) -> None:
 
 
 def test_reasoning_gym_pays_in_full_or_not_at_all(sandbox: Sandbox) -> None:
-    preds = ["5", "15", "the answer is 5", "5.0", ""]
+    preds = ["5", "15", "the answer is 5", "5 or 6", ""]
     outcomes = sandbox.run([ReasoningGymJob("chain_sum", "5", pred) for pred in preds])
     assert [outcome.correct for outcome in outcomes] == [True, False, False, False, False]
     countdown = {"numbers": [2, 3], "target": 5}
@@ -98,11 +98,13 @@ def test_hostile_answers_are_wrong_and_the_next_is_judged(sandbox: Sandbox, host
     assert outcomes[1] == RIGHT
 
 
-def test_memory_is_limited() -> None:
-    with Sandbox(workers=1, timeout_s=10.0, memory_mb=600) as box:
-        outcomes = box.run([EquivalenceJob("42", "9^{9^{9}}"), HONEST])
-        assert not outcomes[0].correct
-        assert outcomes[1] == RIGHT
+def test_a_worker_limits_itself(sandbox: Sandbox) -> None:
+    sandbox.run([HONEST] * 8)
+    for worker in map(psutil.Process, sandbox.pids):
+        assert worker.rlimit(psutil.RLIMIT_AS) == (2048 << 20, 2048 << 20)
+        assert worker.rlimit(psutil.RLIMIT_FSIZE) == worker.rlimit(psutil.RLIMIT_CORE) == (0, 0)
+        assert 0 < worker.rlimit(psutil.RLIMIT_CPU)[0] < 60  # seconds
+        assert "HF_TOKEN" not in worker.environ()
 
 
 def test_stopped_and_killed_workers_are_replaced(sandbox: Sandbox) -> None:
@@ -113,15 +115,14 @@ def test_stopped_and_killed_workers_are_replaced(sandbox: Sandbox) -> None:
         assert sandbox.run([HONEST] * 8) == [RIGHT] * 8
 
 
-@pytest.mark.parametrize(("death", "note"), [(signal.SIGKILL, "crashed"), (signal.SIGSTOP, "timeout")])
-def test_a_death_in_the_middle_of_an_answer(death: signal.Signals, note: str) -> None:
+def test_a_death_in_the_middle_of_an_answer() -> None:
     with Sandbox(workers=1, timeout_s=3.0, memory_mb=2048) as box:
         box.run([HONEST])
-        timer = threading.Timer(1.0, os.kill, (box.pids[0], death))
+        timer = threading.Timer(0.7, os.kill, (box.pids[0], signal.SIGKILL))
         timer.start()
         outcomes = box.run([HANGS, HONEST])
         timer.join()
-    assert outcomes == [Outcome(False, note), RIGHT]
+    assert outcomes == [Outcome(False, "crashed"), RIGHT]
 
 
 def test_threads_may_share_it(sandbox: Sandbox) -> None:
@@ -161,7 +162,7 @@ def test_close_leaves_no_process() -> None:
 def test_workers_end_with_a_killed_parent(busy: bool) -> None:
     code = (
         "from vapo_async.verifier import Sandbox; from vapo_async.verifier.jobs import EquivalenceJob as E\n"
-        "box = Sandbox(1, 2.0, 2048); box.run([E('x', 'y')]); print(box.pids[0], flush=True)\n"
+        "box = Sandbox(1, 0.5, 2048); box.run([E('1', '1')]); print(box.pids[0], flush=True)\n"
         f"box.run([E('42', '10^{{10^{{10}}}}!')]) if {busy} else input()"
     )
     root = Path(__file__).parents[2]
@@ -187,7 +188,7 @@ def test_a_worker_imports_no_torch() -> None:
 
 
 def test_workers_that_cannot_start_are_an_error() -> None:
-    with Sandbox(workers=1, timeout_s=2.0, memory_mb=200) as box, pytest.raises(SandboxError, match="memory_mb"):
+    with Sandbox(workers=1, timeout_s=2.0, memory_mb=40) as box, pytest.raises(SandboxError, match="memory_mb"):
         box.run([HONEST])
 
 

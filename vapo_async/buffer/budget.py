@@ -15,8 +15,8 @@ Why no group is ever older than S, and nothing deadlocks. Call a queue *in time*
 4. The B oldest finished tickets are the best choice there is. Those behind the last one taken keep the schedule of (3);
    only the unfinished ones that are overtaken can miss a deadline, and each has then just the unfinished ones before
    it, which no other choice can lower. So the learner waits only for a ticket that must be waited for.
-Slack is S minus the left side above. With L = S there is none for a ticket that was given as soon as it could be: from
-version S on, and until a refund moves somebody forward, that is strict first-in-first-out. S = 0 always is.
+Slack is S minus the left side above. With L = S there is none for a ticket that was given as soon as it could be: after
+version S, and until a refund moves somebody forward, that is strict first-in-first-out. S = 0 always is.
 """
 
 from collections.abc import Iterable

@@ -208,7 +208,9 @@ class TransformersEngine:
             repeats = len(pending[0][0])
             chunk = [f for f in pending[:many] if len(f[0]) == repeats]
             pending = [f for f in pending if not any(f is c for c in chunk)]
-            inputs = torch.zeros(len(chunk), max(len(t) for _, t in chunk), dtype=torch.int64, device=self._tokens.device)
+            inputs = torch.zeros(
+                len(chunk), max(len(t) for _, t in chunk), dtype=torch.int64, device=self._tokens.device
+            )
             for i, (_, tokens) in enumerate(chunk):
                 inputs[i, : len(tokens)] = tokens  # right padding: causal attention never looks at it
             targets = torch.tensor([row for rows, _ in chunk for row in rows], device=inputs.device)

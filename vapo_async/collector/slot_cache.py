@@ -23,9 +23,7 @@ class SlotLayer(CacheLayerMixin):
             setattr(self, name, torch.zeros(shape, dtype=like.dtype, device=like.device))
         self.is_initialized = True
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Prefill: stores [n, heads, P, dim] at the start of ``target_rows``. Decode: one position a row."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vapo_async.build import (
+    BaseModel,
     build_collector,
     build_evaluator,
     build_flow,
@@ -40,15 +41,15 @@ FLOW_FILE = "flow.json"
 class InlineStages:
     """See :class:`vapo_async.stages.Stages`."""
 
-    def __init__(self, config: Config, model_path: Path) -> None:
+    def __init__(self, config: Config, base: BaseModel) -> None:
         torch.set_num_threads(config.learner.threads)
         self._config = config
-        self._tokenizer = load_tokenizer(model_path)
-        self.flow = build_flow(config, model_path)
-        self.collector = build_collector(config, model_path, worker=0)
-        self.learner = build_learner(config, model_path)
+        self._tokenizer = load_tokenizer(base.tokenizer)
+        self.flow = build_flow(config, base)
+        self.collector = build_collector(config, base, worker=0)
+        self.learner = build_learner(config, base)
         self._verifier = build_verifier(config)
-        self._evaluator = build_evaluator(config, model_path)
+        self._evaluator = build_evaluator(config, base)
         task = build_task(config.task, config.seed)
         self._heldout = build_heldout(config, task, self._tokenizer, config.task.heldout_problems)
         self._mailbox = Mailbox()

@@ -1,4 +1,4 @@
-"""The stages as Ray actors. Each builds its own part; object references carry groups and weights between them.
+"""What runs inside each Ray actor. Each builds its own part; object references carry groups and weights between them.
 
 The waiting is here: the flow actor lets callers wait on a condition, the rollout worker waits on its inbox.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vapo_async.buffer import Batch
 from vapo_async.build import (
+    BaseModel,
     build_collector,
     build_evaluator,
     build_flow,
@@ -40,12 +41,11 @@ from vapo_async.verifier.scoring import ScoreRequest
 from vapo_async.weights.mailbox import Mailbox, published_tensors
 
 
-@ray.remote
 class FlowActor:
     """The flow behind a condition: one event loop, so its methods never interleave inside a state change."""
 
-    def __init__(self, config: Config, model_path: Path) -> None:
-        self._flow = build_flow(config, model_path)
+    def __init__(self, config: Config, base: BaseModel) -> None:
+        self._flow = build_flow(config, base)
         self._changed = asyncio.Condition()
 
     async def ping(self) -> None:
@@ -104,7 +104,6 @@ class FlowActor:
         return self._flow.published
 
 
-@ray.remote
 class VerifierActor:
     """Judges answers in its own worker processes."""
 
@@ -124,7 +123,6 @@ class VerifierActor:
         self._verifier.close()
 
 
-@ray.remote(max_concurrency=4)
 class RolloutActor:
     """Generates without ever waiting for a message while it has responses in flight.
 
@@ -132,9 +130,9 @@ class RolloutActor:
     and, for weights, a mailbox that it looks into before every decode step.
     """
 
-    def __init__(self, config: Config, model_path: Path, worker: int, threads: int, flow: Any, verifier: Any) -> None:
+    def __init__(self, config: Config, base: BaseModel, worker: int, threads: int, flow: Any, verifier: Any) -> None:
         torch.set_num_threads(threads)
-        self._collector = build_collector(config, model_path, worker)
+        self._collector = build_collector(config, base, worker)
         self._flow, self._verifier = flow, verifier
         self._most = config.algorithm.groups_per_batch
         self._mailbox = Mailbox()
@@ -216,14 +214,13 @@ class RolloutActor:
             self._collector.load_weights(*publication)
 
 
-@ray.remote
 class LearnerActor:
     """Policy, critic and their optimizers."""
 
-    def __init__(self, config: Config, model_path: Path) -> None:
+    def __init__(self, config: Config, base: BaseModel) -> None:
         torch.set_num_threads(config.learner.threads)
-        self._tokenizer = load_tokenizer(model_path)
-        self._learner = build_learner(config, model_path)
+        self._tokenizer = load_tokenizer(base.tokenizer)
+        self._learner = build_learner(config, base)
 
     def ping(self) -> None:
         """Returns once the actor is up."""
@@ -252,16 +249,15 @@ class _RemoteScorer:
         return scores
 
 
-@ray.remote
 class EvaluatorActor:
     """Held-out evaluation with an engine of its own, beside training."""
 
-    def __init__(self, config: Config, model_path: Path, verifier: Any) -> None:
+    def __init__(self, config: Config, base: BaseModel, verifier: Any) -> None:
         torch.set_num_threads(1)
         self._config = config
-        self._evaluator = build_evaluator(config, model_path)
+        self._evaluator = build_evaluator(config, base)
         task = build_task(config.task, config.seed)
-        tokenizer = load_tokenizer(model_path)
+        tokenizer = load_tokenizer(base.tokenizer)
         self._heldout = build_heldout(config, task, tokenizer, config.task.heldout_problems)
         self._verifier = _RemoteScorer(verifier)
 
@@ -271,6 +267,4 @@ class EvaluatorActor:
     def evaluate(self, step: int, problems: int, tensors: Mapping[str, Tensor]) -> EvaluationResult:
         self._evaluator.load_weights(step, tensors)
         samples = self._config.evaluation.samples
-        return evaluate(
-            self._evaluator, self._verifier, self._heldout, step=step, problems=problems, samples=samples
-        )
+        return evaluate(self._evaluator, self._verifier, self._heldout, step=step, problems=problems, samples=samples)

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from vapo_async.build import BaseModel
 from vapo_async.config import Config, RayLauncherConfig
 from vapo_async.launcher.ray_actors import EvaluatorActor, FlowActor, LearnerActor, RolloutActor, VerifierActor
 from vapo_async.launcher.ray_cluster import start_ray
@@ -14,21 +15,30 @@ from vapo_async.learner.learner import UpdateResult
 from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, TakenBatch
 
 
+def _actor(stage: type[Any], *, num_cpus: int = 0, max_concurrency: int | None = None) -> Any:
+    """The class as an actor class; ``num_cpus`` is what Ray counts against the cluster's cores."""
+    options: dict[str, Any] = {"num_cpus": num_cpus}
+    if max_concurrency is not None:
+        options["max_concurrency"] = max_concurrency
+    return ray.remote(**options)(stage)
+
+
 class RayStages:
     """See :class:`vapo_async.stages.Stages`. Every wait ends by ``launcher.stage_timeout_s``."""
 
-    def __init__(self, config: Config, launcher: RayLauncherConfig, model_path: Path) -> None:
+    def __init__(self, config: Config, launcher: RayLauncherConfig, base: BaseModel) -> None:
         self._config, self._launcher = config, launcher
         workers = launcher.rollout_workers
-        self._local = start_ray(launcher, cpus=workers + 4)
+        self._local = start_ray(launcher, cpus=workers * launcher.threads_per_worker + config.learner.threads)
         try:
-            self._flow: Any = FlowActor.remote(config, model_path)
-            self._verifier: Any = VerifierActor.remote(config)
-            self._learner: Any = LearnerActor.remote(config, model_path)
-            self._evaluator: Any = EvaluatorActor.remote(config, model_path, self._verifier)
-            self._workers: list[Any] = [
-                RolloutActor.remote(config, model_path, i, launcher.threads_per_worker, self._flow, self._verifier)
-                for i in range(workers)
+            self._flow = _actor(FlowActor).remote(config, base)
+            self._verifier = _actor(VerifierActor).remote(config)
+            self._learner = _actor(LearnerActor, num_cpus=config.learner.threads).remote(config, base)
+            self._evaluator = _actor(EvaluatorActor).remote(config, base, self._verifier)
+            threads = launcher.threads_per_worker
+            rollout = _actor(RolloutActor, num_cpus=threads, max_concurrency=4)
+            self._workers = [
+                rollout.remote(config, base, i, threads, self._flow, self._verifier) for i in range(workers)
             ]
             named = {"flow": self._flow, "verifier": self._verifier, "learner": self._learner}
             named |= {"evaluator": self._evaluator} | {f"rollout worker {i}": w for i, w in enumerate(self._workers)}

@@ -4,6 +4,7 @@ import os
 import time
 from pathlib import Path
 
+from vapo_async.build import BaseModel
 from vapo_async.checkpoint import find_resume
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
 from vapo_async.config_load import save_config
@@ -11,7 +12,7 @@ from vapo_async.launcher.inline import InlineStages
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import check_loggers
 from vapo_async.metrics.summary import Summary
-from vapo_async.models.load import ensure_model
+from vapo_async.models.load import ensure_model, ensure_tokenizer
 from vapo_async.pipeline import train
 from vapo_async.prompts.tasks import build_task
 from vapo_async.stages import Stages
@@ -32,23 +33,24 @@ def launch(config: Config, console: Console) -> tuple[Summary, Path]:
     if resumed is None:
         save_config(config, run_dir / CONFIG_FILE)
     console.note(f"run folder: {run_dir}")
-    model_path = ensure_model(config.model, console.note)
-    stages = build_stages(config, model_path)
+    folder = ensure_model(config.model, console.note)
+    base = BaseModel(folder, ensure_tokenizer(config.model, folder))
+    stages = build_stages(config, base)
     try:
         return train(config, stages, run_dir, console, resume=resumed is not None), run_dir
     finally:
         stages.shutdown()
 
 
-def build_stages(config: Config, model_path: Path) -> Stages:
+def build_stages(config: Config, base: BaseModel) -> Stages:
     """The stages where ``launcher=`` puts them."""
     match config.launcher:
         case InlineLauncherConfig():
-            return InlineStages(config, model_path)
+            return InlineStages(config, base)
         case RayLauncherConfig() as launcher:
             from vapo_async.launcher.ray_stages import RayStages  # importing ray takes a second
 
-            return RayStages(config, launcher, model_path)
+            return RayStages(config, launcher, base)
     raise TypeError(f"no launcher for {type(config.launcher).__name__}")
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vapo_async.config import AdvantageKind, AlgorithmConfig, ImportanceKind, TorchLearnerConfig
@@ -67,17 +67,11 @@ class Learner:
     ) -> None:
         self._algorithm, self._config, self._temperature = algorithm, config, temperature
         self._device = torch.device(config.device)
-        self.policy = policy.to(self._device).eval()  # eval: no dropout, the ratios compare like with like
+        nn.Module.to(policy, self._device)
+        self.policy = policy.eval()  # eval: no dropout, the ratios compare like with like
         self.critic = None if critic is None else critic.to(self._device).eval()
-        shared = {
-            "warmup_steps": algorithm.lr_warmup_steps,
-            "weight_decay": algorithm.weight_decay,
-            "max_grad_norm": algorithm.max_grad_norm,
-        }
-        self.policy_backend = TorchBackend(self.policy, lr=algorithm.policy_lr, **shared)
-        self.critic_backend = (
-            None if self.critic is None else TorchBackend(self.critic, lr=algorithm.critic_lr, **shared)
-        )
+        self.policy_backend = _backend(self.policy, algorithm.policy_lr, algorithm)
+        self.critic_backend = None if self.critic is None else _backend(self.critic, algorithm.critic_lr, algorithm)
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = 0
         """Batches learned from so far, value pretraining included."""
@@ -183,7 +177,7 @@ class Learner:
                         old_value=batch.state_value[piece, :width],
                         clip=None if pretraining else self._algorithm.value_clip,
                     )
-                    loss.backward()  # type: ignore[no-untyped-call]
+                    loss.backward()
                     sums = add_sums(sums, more)
                 metrics |= {"loss_critic": value_metrics(sums)["loss_critic"]}
                 metrics["grad_norm_critic"] = self.critic_backend.step()
@@ -207,7 +201,7 @@ class Learner:
                 algorithm=self._algorithm,
                 denominators=denominators,
             )
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             sums = add_sums(sums, more)
         metrics["grad_norm_policy"] = self.policy_backend.step()
         return metrics | {k: v for k, v in policy_metrics(sums).items() if k != "entropy"}
@@ -221,6 +215,16 @@ class Learner:
         return policy_log_probs(
             self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._config.logprob_chunk_tokens
         )
+
+
+def _backend(module: nn.Module, lr: float, algorithm: AlgorithmConfig) -> TorchBackend:
+    return TorchBackend(
+        module,
+        lr=lr,
+        warmup_steps=algorithm.lr_warmup_steps,
+        weight_decay=algorithm.weight_decay,
+        max_grad_norm=algorithm.max_grad_norm,
+    )
 
 
 def _mixed_groups(batch: LearnerBatch) -> float:

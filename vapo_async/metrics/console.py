@@ -146,7 +146,8 @@ def format_duration(seconds: float) -> str:
 
 
 def _closing_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """The summary in words; keys that it lacks are left out."""
+    """The summary in words; what it lacks, or does not know (None), is left out."""
+    summary = {name: value for name, value in summary.items() if value is not None}
     rows = []
     if "base_accuracy" in summary and "final_accuracy" in summary:
         gain = 100 * (summary["final_accuracy"] - summary["base_accuracy"])

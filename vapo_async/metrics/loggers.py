@@ -47,8 +47,10 @@ class MetricsLog:
             logger.log_metrics(floats, step=step + self._offset)
 
     def close(self) -> None:
-        """Ends the file; the loggers flush by themselves at every scalar or at exit."""
+        """Flushes and ends the file and every logger."""
         self._file.close()
+        for logger in self._loggers:
+            logger.shutdown()
 
     def __enter__(self) -> Self:
         return self

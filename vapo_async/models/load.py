@@ -7,10 +7,13 @@ from typing import Final
 import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from vapo_async.config import ConfigError, EmbeddedModelConfig, FolderModelConfig, ModelConfig, SmolLM2ModelConfig
 from vapo_async.models.embedded import ensure_embedded
 from vapo_async.models.smollm2 import ensure_smollm2
+
+disable_progress_bar()  # the run has a progress line of its own
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
@@ -25,7 +28,9 @@ def ensure_model(config: ModelConfig, progress: Callable[[str], None]) -> Path:
             return ensure_smollm2(config, progress)
         case FolderModelConfig():
             return ensure_folder_or_hub(config.path, progress)
-    raise ConfigError(f"model has type {type(config).__name__}; expected embedded, folder or smollm2: choose with model=")
+    raise ConfigError(
+        f"model has type {type(config).__name__}; expected embedded, folder or smollm2: choose with model="
+    )
 
 
 def ensure_tokenizer(config: ModelConfig, model_folder: Path) -> Path:
@@ -44,7 +49,9 @@ def ensure_folder_or_hub(path_or_name: str, progress: Callable[[str], None]) -> 
     if folder.exists():
         return check_model_folder(folder)
     if path_or_name.startswith((".", "/", "~")) or path_or_name.count("/") != 1:
-        raise ConfigError(f"model folder not found: {path_or_name}; expected a Hugging Face folder or a hub name org/name")
+        raise ConfigError(
+            f"model folder not found: {path_or_name}; expected a Hugging Face folder or a hub name org/name"
+        )
     return check_model_folder(_snapshot(path_or_name, progress))
 
 
@@ -69,7 +76,7 @@ def _snapshot(name: str, progress: Callable[[str], None]) -> Path:
     progress(f"fetching {name} from the Hugging Face hub")
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]))
-    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated types; all mean "no model"
+    except Exception as error:
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ConfigError(
             f"model '{name}' is no local folder and could not be fetched from the Hugging Face hub ({reason}); "
@@ -95,7 +102,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path} holds no tokenizer that can be loaded: {reason}; set model.tokenizer_path") from error
+        raise ConfigError(
+            f"{path} holds no tokenizer that can be loaded: {reason}; set model.tokenizer_path"
+        ) from error
     if tokenizer.eos_token is None:
         raise ConfigError(f"the tokenizer in {path} has no end token (eos_token); set it in tokenizer_config.json")
     if tokenizer.pad_token is None:

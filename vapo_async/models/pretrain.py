@@ -45,9 +45,7 @@ def new_model(config: EmbeddedModelConfig) -> Qwen2ForCausalLM:
 
 def habits_of(config: EmbeddedModelConfig) -> Habits:
     """The bad habits that the second phase plants."""
-    return Habits(
-        config.habit_sign_rate, config.habit_sign_step_rate, config.habit_direct_rate, config.habit_slip_rate
-    )
+    return Habits(config.habit_sign_rate, config.habit_sign_step_rate, config.habit_direct_rate, config.habit_slip_rate)
 
 
 def pretrain(
@@ -139,6 +137,5 @@ class _Clock:
             return
         self._last = now
         left = (now - self._start) / self._done * (self._steps - self._done)
-        self._progress(
-            f"pretraining the embedded model: step {self._done}/{self._steps}, loss {float(loss):.3f}, {left:.0f} s left"
-        )
+        done = f"step {self._done}/{self._steps}, loss {float(loss):.3f}"
+        self._progress(f"pretraining the embedded model: {done}, {left:.0f} s left")

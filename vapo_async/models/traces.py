@@ -1,7 +1,8 @@
 """Scratchpad traces that the embedded model is pretrained on: ``3-9+2:`` → ``3-9=-6;-6+2=-4;#-4$``.
 
-A clean trace works a chain of one-digit sums and differences from left to right. Planted bad habits spoil some of them:
-``-`` worked as ``+``, a random slip in a step, an answer without steps. Reinforcement learning then has habits to remove.
+A clean trace works a chain of one-digit sums and differences from left to right. Planted bad habits spoil some of
+them: ``-`` worked as ``+``, a random slip in a step, an answer without steps. Reinforcement learning then has habits
+to remove.
 """
 
 from collections.abc import Collection

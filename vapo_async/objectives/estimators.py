@@ -19,9 +19,10 @@ class LengthAdaptiveGAE(GAE):
 
     Each row of the input is one response. The policy's advantage takes λ = 1 − 1/(α·l) from the row's own number of
     response tokens, the value target the critic's own λ (decoupled GAE). Reads ``state_value``,
-    ``("next", "state_value")``, ``("next", "reward")``, ``("next", "done")``, ``("next", "terminated")``, each
+    ``("next", "state_value")``, ``("next", "reward")``, ``("next", "done")`` and ``("next", "terminated")``, each
     [B, T, 1], and ``response_mask`` [B, T] bool; writes ``advantage`` and ``value_target``, [B, T, 1], 0 outside the
-    mask, where nothing is read. A response whose last token is not ``terminated`` bootstraps from its next value, as in ``GAE``.
+    mask, where nothing is read. A response whose last token is not ``terminated`` bootstraps from its next value, as in
+    ``GAE``.
 
     Args:
         gamma: discount in [0, 1].

@@ -245,7 +245,7 @@ class VAPOLoss(LossModule):
         return getattr(self, f"{name}_params").to_module(getattr(self, name), preserve_module_state=False)
 
     def _estimator_params(self) -> dict[str, Any]:
-        if not self.functional or self.critic_network is None:
+        if self.critic_network_params is None:
             return {}
         return {"params": self.critic_network_params.detach(), "target_params": self.target_critic_network_params}
 

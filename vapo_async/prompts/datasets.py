@@ -1,6 +1,7 @@
 """Rows of files and of Hugging Face data sets as problems."""
 
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pyarrow.parquet
 from vapo_async.config import ConfigError
 from vapo_async.schema import Problem
 
+_log = logging.getLogger(__name__)
 _SUFFIXES = (".jsonl", ".json", ".parquet")
 
 
@@ -25,30 +27,50 @@ def load_problems(
     hf_config: str | None = None,
     split: str = "train",
     limit: int | None = None,
+    skip_incomplete: bool = False,
 ) -> list[Problem]:
     """Problems of a jsonl, json or parquet file, or else of a Hugging Face data set of that name.
 
     Column names may be paths into nested rows: ``reward_model.ground_truth``, ``prompt.0.content``. With an
-    ``answer_separator`` the answer is what follows its last occurrence. ``limit`` keeps the first rows.
+    ``answer_separator`` the answer is what follows its last occurrence. ``limit`` keeps the first rows. A row without a question or an answer
+    is an error, or is left out with a warning if ``skip_incomplete``.
     """
     problems: list[Problem] = []
+    skipped: list[str] = []
     for place, row in _rows(path_or_name, hf_config, split):
         if limit is not None and len(problems) >= limit:
             break
-        question = _text(row, question_column, "question", place)
-        answer = _text(row, answer_column, "answer", place)
-        if answer_separator is not None:
-            _, found, answer = answer.rpartition(answer_separator)
-            answer = answer.strip()
-            if not found or not answer:
-                raise ConfigError(
-                    f"{place}: column '{answer_column}' has no answer after '{answer_separator}'; "
-                    "correct the row or task.answer_separator"
-                )
+        try:
+            question = _text(row, question_column, "question", place)
+            answer = _final(_text(row, answer_column, "answer", place), answer_separator, answer_column, place)
+        except _IncompleteRowError:
+            if not skip_incomplete:
+                raise
+            skipped.append(place)
+            continue
         problems.append(Problem(len(problems), question, answer))
+    if skipped:
+        _log.warning("left out %d rows without a question or an answer, the first at %s", len(skipped), skipped[0])
     if not problems:
         raise ConfigError(f"{path_or_name} holds no rows; expected at least one problem")
     return problems
+
+
+class _IncompleteRowError(ConfigError):
+    """A row that lacks its question or its answer."""
+
+
+def _final(answer: str, separator: str | None, column: str, place: str) -> str:
+    """What follows the last ``separator``, if there is one to look for."""
+    if separator is None:
+        return answer
+    _, found, final = answer.rpartition(separator)
+    if not found or not final.strip():
+        raise _IncompleteRowError(
+            f"{place}: column '{column}' has no answer after '{separator}'; correct the row or task.answer_separator, "
+            "or leave such rows out with task.skip_incomplete=true"
+        )
+    return final.strip()
 
 
 def _rows(path_or_name: str, hf_config: str | None, split: str) -> Iterator[tuple[str, Any]]:
@@ -95,7 +117,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
     return ((f"{path} row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _parsed(text: bytes, place: str) -> Any:  # noqa: ANN401 - any JSON value
+def _parsed(text: bytes, place: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -118,7 +140,7 @@ def _hub_rows(name: str, hf_config: str | None, split: str) -> Iterator[tuple[st
 
     try:
         rows = datasets.load_dataset(name, hf_config, split=split)
-    except Exception as error:  # noqa: BLE001 - the hub client raises many unrelated types; all mean "no data"
+    except Exception as error:
         raise ConfigError(
             f"data set '{name}' (split '{split}') cannot be loaded from Hugging Face: {_one_line(error)}; "
             "give the path of a .jsonl, .json or .parquet file instead"
@@ -140,9 +162,9 @@ def _text(row: object, column: str, what: str, place: str) -> str:
     text = _normal(value)
     if text is None:
         keys = ", ".join(map(str, row)) if isinstance(row, dict) else _kind(row)
-        raise ConfigError(
-            f"{place} has no {what} in column '{column}' (found: {keys or 'an empty row'}); "
-            f"correct the row or task.{what}_column"
+        raise _IncompleteRowError(
+            f"{place} has no {what} in column '{column}' (found: {keys or 'an empty row'}); correct the row or "
+            f"task.{what}_column, or leave such rows out with task.skip_incomplete=true"
         )
     return text
 

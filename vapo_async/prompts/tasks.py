@@ -137,6 +137,7 @@ def _dataset(task: DatasetTaskConfig) -> Task:
             answer_separator=task.answer_separator,
             hf_config=task.hf_config,
             split=split,
+            skip_incomplete=task.skip_incomplete,
         )
 
     rows = load(task.train, task.train_split)
@@ -160,7 +161,8 @@ def _drawn(problems: list[Problem], count: int) -> list[Problem]:
     """``count`` of the problems, in their old order, the same at every training seed."""
     if count >= len(problems):
         return problems
-    return [problems[i] for i in sorted(random.Random(_DRAW_SEED).sample(range(len(problems)), count))]
+    places = sorted(random.Random(_DRAW_SEED).sample(range(len(problems)), count))
+    return [replace(problems[place], index=i) for i, place in enumerate(places)]
 
 
 def _without(problems: Sequence[Problem], heldout: list[Problem]) -> Sequence[Problem]:

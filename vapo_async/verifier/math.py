@@ -119,7 +119,7 @@ def _symbolic(gold: str, pred: str) -> bool:
 
 def _as_latex(text: str) -> str:
     """``text`` between dollars, unless it has mathematics of its own between delimiters."""
-    text = _POWER.sub(r"^{\1}", text).replace("**", "^")
+    text = _POWER.sub(r"^{\1}", " ".join(text.split())).replace("**", "^")
     inner = _unwrap(text)
     if inner == text and (text.count("$") - text.count("\\$") >= 2 or "\\(" in text or "\\[" in text):
         return text

@@ -73,4 +73,4 @@ def _close(a: PlainNumber, b: PlainNumber) -> bool:
     if places is None or places < _ROUNDED_PLACES:
         return False
     difference = abs(a.value - b.value)
-    return difference * 10**places < 1 and difference * 10**_ROUNDED_PLACES <= min(abs(a.value), abs(b.value))
+    return difference * 10**places < 1 and difference * 10**_ROUNDED_PLACES <= max(abs(a.value), abs(b.value))

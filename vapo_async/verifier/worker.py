@@ -18,7 +18,7 @@ from vapo_async.verifier.jobs import pack, unpack
 
 _MAX_BATCH_BYTES = 1 << 28
 _MAX_OPEN_FILES = 64
-_CPU_GRACE_S = 2
+_CPU_GRACE_S = 1
 _ORPHAN_CHECK_MS = 1000
 
 
