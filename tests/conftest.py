@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config
-from transformers import Qwen2ForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-from vapo_async.config_load import load_config
 from vapo_async.config import Config
-from vapo_async.models.char_tokenizer import build_tokenizer
+from vapo_async.config_load import load_config
+from vapo_async.models.char_tokenizer import build_char_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
@@ -38,7 +44,7 @@ def tiny_policy(vocab_size: int, *, tied: bool = True, family: str = "qwen2", se
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return build_tokenizer()
+    return build_char_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -156,6 +156,8 @@ class DatasetTaskConfig(TaskConfig):
     answer_column: str = "answer"
     answer_separator: str | None = None
     """The gold answer is what follows the last one of these in the answer column (GSM8K: ``####``)."""
+    skip_incomplete: bool = False
+    """Leaves rows without a question or an answer out, with a warning; otherwise such a row is an error."""
 
 
 @dataclass
@@ -187,7 +189,7 @@ class EmbeddedModelConfig(ModelConfig):
     """Muon's, for the layers' matrices."""
     habit_lr_scale: float = 0.3
     """Both learning rates times this in the habit phase."""
-    habit_sign_rate: float = 0.5
+    habit_sign_rate: float = 0.6
     """Share of problems in which ``-`` is worked as ``+``."""
     habit_sign_step_rate: float = 1.0
     """Share of the ``-`` steps of such a problem that are worked as ``+``."""

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from conftest import tiny_policy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from conftest import tiny_policy
 from vapo_async.collector.engine import Completion, GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import KVCacheOnUpdate

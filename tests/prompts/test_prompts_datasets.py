@@ -76,7 +76,8 @@ def test_every_format_gives_the_same_problems(tmp_path_factory: pytest.TempPathF
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(27.0, "27"), (27, "27"), (-3.0, "-3"), (0.5, "0.5"), (" 1/2 ", "1/2"), (0, "0"), (1e20, "1" + "0" * 20)]
+    ("value", "text"),
+    [(27.0, "27"), (27, "27"), (-3.0, "-3"), (0.5, "0.5"), (" 1/2 ", "1/2"), (0, "0"), (1e20, "1" + "0" * 20)],
 )
 def test_answers_become_plain_text(tmp_path: Path, value: object, text: str) -> None:
     assert load(jsonl(tmp_path, {"q": "?", "a": value}))[0].answer == text

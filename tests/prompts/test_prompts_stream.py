@@ -114,7 +114,9 @@ def test_long_prompts_are_left_out_and_counted_once() -> None:
 
 
 def test_no_prompt_that_fits_is_told() -> None:
-    with pytest.raises(ConfigError, match=r"every one of the 2 training prompts is longer than task.max_prompt_tokens=3"):
+    with pytest.raises(
+        ConfigError, match=r"every one of the 2 training prompts is longer than task.max_prompt_tokens=3"
+    ):
         stream("1+1:", "2+2:", max_prompt_tokens=3).next()
 
 
