@@ -2,18 +2,20 @@
 
 import sys
 
-from vapo_async.config import ConfigError
+from vapo_async.config import ConfigError, RunError
 
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 finished, 1 failed, 2 a mistake in what was asked for, 130 interrupted (resume=auto goes on)."""
     from vapo_async.config_load import help_text, load_config
+    from vapo_async.launcher.preflight import preflight
 
     if any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return 0
     try:
         config = load_config(arguments)
+        preflight(config)  # now, because the next line imports torch and takes seconds
         from vapo_async.launcher.run import launch
         from vapo_async.metrics.console import Console
 
@@ -22,6 +24,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("left at once, without a checkpoint of the last batches", file=sys.stderr)
         return 130

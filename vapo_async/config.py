@@ -378,6 +378,10 @@ class ConfigError(ValueError):
     """A user's mistake, told in one line: what was found, what was expected, what to do."""
 
 
+class RunError(RuntimeError):
+    """A run that cannot go on, told in one line: who failed or waited for whom, and what to do."""
+
+
 def resolved_lead(buffer: BufferConfig) -> int:
     """L: the configured lead, or min(2, S)."""
     return min(2, buffer.max_staleness) if buffer.lead is None else buffer.lead

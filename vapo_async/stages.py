@@ -8,16 +8,17 @@ from typing import Any, Protocol
 from vapo_async.build import HeldOut
 from vapo_async.collector.collector import FinishedGroup
 from vapo_async.collector.evaluator import Evaluator
+from vapo_async.config import RunError
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.schema import RESPONSE_MASK, Score, set_score
 from vapo_async.verifier.scoring import ScoreRequest, TaskVerifier
 
 
-class StageTimeoutError(RuntimeError):
+class StageTimeoutError(RunError):
     """A wait ran out; the message says who waited for whom, for how long, and what to do."""
 
 
-class StageDiedError(RuntimeError):
+class StageDiedError(RunError):
     """A stage's process ended before the run did; the message names it."""
 
 

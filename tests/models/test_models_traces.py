@@ -17,6 +17,7 @@ def value(question: str) -> int:
     return sum(int(term) for term in re.findall(r"[+-]?\d", question))
 
 
+@settings(deadline=None)
 @given(st.text("0123456789+-=;:#", min_size=1))
 def test_the_tokenizer_takes_every_character_and_gives_it_back(text: str) -> None:
     tokenizer = build_char_tokenizer()
@@ -35,6 +36,7 @@ def test_the_tokenizer_survives_a_folder(tmp_path: object) -> None:
     assert tokenizer("3x")["input_ids"][-1] == tokenizer.unk_token_id
 
 
+@settings(deadline=None)
 @given(st.integers(2, 12), st.integers(0, 1000))
 def test_clean_traces_work_from_left_to_right(terms: int, seed: int) -> None:
     for question, response in make_traces(terms, 4, CLEAN, np.random.default_rng(seed)):

@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vapo_async.config import ConfigError
@@ -50,6 +50,7 @@ def test_real_files_load_with_the_right_counts(
     assert first is None or problems[0].answer == first
 
 
+@settings(deadline=None, max_examples=40)
 @given(
     st.lists(
         st.tuples(

@@ -2,7 +2,7 @@ import json
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -15,7 +15,10 @@ from vapo_async.prompts.template import render
 from vapo_async.schema import Problem, Prompt
 
 CHARS = build_char_tokenizer()
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def task(*questions: str) -> Task:
@@ -73,6 +76,7 @@ def test_returned_prompts_come_first_and_keep_their_group_id() -> None:
         prompts.put_back(Prompt(99, first.problem, first.text, first.token_ids))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["next", "put_back", "resume"]), max_size=60), st.integers(0, 3))
 def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(actions: list[str], seed: int) -> None:
     questions = ["1+1:", "2+2:", "3+3+3+3+3:", "4+4:", "5+5:"]

@@ -74,7 +74,7 @@ def test_a_data_set_with_its_own_heldout_file_loses_the_overlap(tmp_path: Path) 
         train=rows(tmp_path / "train.jsonl", "a", "b  c", "d", "B c"), heldout=rows(tmp_path / "test.jsonl", "b c", "e")
     )
     task = build_task(config, seed=0)
-    assert task.name == "train"
+    assert task.name == f"{tmp_path.name}/train"
     assert [(p.index, p.question) for p in task.train] == [(0, "a"), (1, "d")]
     assert [p.question for p in task.heldout] == ["b c", "e"]
     assert task.overlap_removed == 2

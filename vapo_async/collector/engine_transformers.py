@@ -36,7 +36,8 @@ class TransformersEngine:
         eos_token_id: ends a response; it is part of it.
         max_slots: responses decoded together.
         max_length: tokens of prompt and response together.
-        temperature: log-probs are of ``softmax(logits / temperature)``, which is what is sampled from.
+        temperature: log-probs are of ``softmax(logits / temperature)``, which is what is sampled from. 0 decodes
+            greedily; its tokens are certain, their log-prob is 0.
         kv_cache_on_update: keep or recompute keys and values at a weight swap.
         seed: of the sampling generator.
     """
@@ -113,15 +114,14 @@ class TransformersEngine:
             return []
         positions = self._lengths[:n] - 1  # of the newest token, whose keys are not stored yet
         logits = self._decode(positions)
-        log_probs = torch.log_softmax(logits.float() / self._temperature, dim=-1)
-        sampled = torch.multinomial(log_probs.exp(), 1, generator=self._generator)
+        sampled, log_probs = self._sample(logits.float())
         rows, at = torch.arange(n, device=sampled.device), self._lengths[:n]
-        self._tokens[rows, at] = sampled[:, 0]
-        self._log_probs[rows, at] = log_probs.gather(1, sampled)[:, 0]
+        self._tokens[rows, at] = sampled
+        self._log_probs[rows, at] = log_probs
         self._versions[rows, at] = self._version
         self._lengths[:n] += 1
         self._generated_tokens += n
-        stopped = sampled[:, 0] == self._eos
+        stopped = sampled == self._eos
         ended = (stopped | (self._lengths[:n] >= self._limits[:n])).nonzero()[:, 0].tolist()
         completions = [
             self._completion(row, FinishReason.STOP if stopped[row] else FinishReason.LENGTH) for row in ended
@@ -179,6 +179,15 @@ class TransformersEngine:
             past_key_values=self._cache,
             use_cache=True,
         ).logits[:, -1]
+
+    def _sample(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [n] drawn from ``logits`` [n, V] and their log-probs [n] under what they were drawn from."""
+        if self._temperature == 0:
+            tokens = logits.argmax(-1)
+            return tokens, torch.zeros_like(tokens, dtype=torch.float32)
+        log_probs = torch.log_softmax(logits / self._temperature, dim=-1)
+        sampled = torch.multinomial(log_probs.exp(), 1, generator=self._generator)
+        return sampled[:, 0], log_probs.gather(1, sampled)[:, 0]
 
     def _fill_free_slots(self) -> None:
         """Moves waiting responses into free slots; the samples of one prompt share one prefill."""

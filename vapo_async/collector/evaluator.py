@@ -1,21 +1,22 @@
 """Held-out generation with fixed weights: every problem k times."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vapo_async.collector.engine import Engine, GenerationRequest
-from vapo_async.schema import Response
+from vapo_async.schema import FinishReason, Response
 
 
 @dataclass(frozen=True)
 class SampledResponses:
-    """k decoded responses to one prompt, with their lengths in tokens."""
+    """k decoded responses to one prompt, with their lengths in tokens and whether the limit cut them."""
 
     texts: list[str]
     lengths: list[int]
+    truncated: list[bool]
 
 
 class Evaluator:
@@ -31,15 +32,24 @@ class Evaluator:
 
     def sample(self, prompts: Sequence[tuple[int, ...]], samples: int) -> list[SampledResponses]:
         """Responses in the order of the prompts."""
+        done = dict(self.stream(prompts, samples))
+        return [done[i] for i in range(len(prompts))]
+
+    def stream(self, prompts: Sequence[tuple[int, ...]], samples: int) -> Iterator[tuple[int, SampledResponses]]:
+        """(a prompt's place, its responses) as soon as all ``samples`` of them are there."""
         for i, token_ids in enumerate(prompts):
             self._engine.submit(GenerationRequest(i, token_ids, samples, self._max_response_tokens))
         responses: list[list[Response]] = [[] for _ in prompts]
         while self._engine.num_unfinished:
             for completion in self._engine.step():
-                responses[completion.request_id].append(completion.response)
-        out = []
-        for row in responses:
-            row.sort(key=lambda r: r.sample_index)
-            texts = self._tokenizer.batch_decode([r.token_ids for r in row], skip_special_tokens=True)
-            out.append(SampledResponses(texts, [len(r.token_ids) for r in row]))
-        return out
+                row = responses[completion.request_id]
+                row.append(completion.response)
+                if len(row) == samples:
+                    yield completion.request_id, self._decoded(sorted(row, key=lambda r: r.sample_index))
+
+    def _decoded(self, row: list[Response]) -> SampledResponses:
+        return SampledResponses(
+            self._tokenizer.batch_decode([r.token_ids for r in row], skip_special_tokens=True),
+            [len(r.token_ids) for r in row],
+            [r.finish_reason is FinishReason.LENGTH for r in row],
+        )

@@ -8,7 +8,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from vapo_async.build import BaseModel
-from vapo_async.config import Config, RayLauncherConfig
+from vapo_async.config import Config, ConfigError, RayLauncherConfig, RunError
 from vapo_async.launcher.ray_actors import EvaluatorActor, FlowActor, LearnerActor, RolloutActor, VerifierActor
 from vapo_async.launcher.ray_cluster import start_ray
 from vapo_async.learner.learner import UpdateResult
@@ -43,7 +43,7 @@ class RayStages:
             named = {"flow": self._flow, "verifier": self._verifier, "learner": self._learner}
             named |= {"evaluator": self._evaluator} | {f"rollout worker {i}": w for i, w in enumerate(self._workers)}
             for name, actor in named.items():
-                self._get(actor.ping.remote(), f"the start of the {name}", launcher.start_timeout_s)
+                self._get(actor.ping.remote(), f"the {name} to start", launcher.start_timeout_s)
         except BaseException:
             self.shutdown()
             raise
@@ -147,6 +147,11 @@ class RayStages:
         except ray.exceptions.GetTimeoutError as error:
             raise StageTimeoutError(f"the run waited {limit:.0f} s for {whom} and gave up") from error
         except RayTaskError as error:
+            if isinstance(error.cause, ConfigError | RunError):  # as it was raised: one line, without Ray's trace
+                raise error.cause from error
             raise error.as_instanceof_cause() from error
         except RayActorError as error:
-            raise StageDiedError(f"{whom}: the process died ({str(error).splitlines()[0]})") from error
+            lines = str(error).strip().splitlines()
+            if error.actor_init_failed:
+                raise StageDiedError(f"{whom} failed: {lines[-1]}") from error
+            raise StageDiedError(f"{whom}: the process died ({lines[0]})") from error

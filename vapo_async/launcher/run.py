@@ -1,20 +1,21 @@
-"""From a checked config to a finished run: base model, run folder, stages, control loop."""
+"""From a checked config to a finished run: base model, stages, run folder, control loop."""
 
 import os
 import time
 from pathlib import Path
 
-from vapo_async.build import BaseModel
+from vapo_async.build import BaseModel, build_heldout
 from vapo_async.checkpoint import find_resume
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
 from vapo_async.config_load import save_config
 from vapo_async.launcher.inline import InlineStages
+from vapo_async.launcher.preflight import preflight, unwritable
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import check_loggers
 from vapo_async.metrics.summary import Summary
-from vapo_async.models.load import ensure_model, ensure_tokenizer
+from vapo_async.models.load import check_loadable, check_model_folder, ensure_model, ensure_tokenizer, load_tokenizer
 from vapo_async.pipeline import train
-from vapo_async.prompts.tasks import build_task
+from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.stages import Stages
 
 CONFIG_FILE = "config.yaml"
@@ -26,20 +27,30 @@ def launch(config: Config, console: Console) -> tuple[Summary, Path]:
     Raises:
         ConfigError: something that the user can mend.
     """
+    preflight(config)
     check_loggers(config.logging)
-    build_task(config.task, config.seed)  # data problems show before anything is started
-    resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
-    run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
-    if resumed is None:
-        save_config(config, run_dir / CONFIG_FILE)
-    console.note(f"run folder: {run_dir}")
+    task = build_task(config.task, config.seed)
     folder = ensure_model(config.model, console.note)
     base = BaseModel(folder, ensure_tokenizer(config.model, folder))
+    check_base(config, base, task)
     stages = build_stages(config, base)
-    try:
+    try:  # the folder comes last: what fails before leaves none behind
+        resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
+        run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
+        if resumed is None:
+            save_config(config, run_dir / CONFIG_FILE)
+        console.note(f"run folder: {run_dir}")
         return train(config, stages, run_dir, console, resume=resumed is not None), run_dir
     finally:
         stages.shutdown()
+
+
+def check_base(config: Config, base: BaseModel, task: Task) -> None:
+    """Tokenizer, model configuration and prompts fit together: mistakes show here, not in some stage's process."""
+    build_heldout(config, task, load_tokenizer(base.tokenizer), config.task.heldout_problems)
+    check_loadable(base.model)
+    if config.model.critic_path is not None:
+        check_loadable(check_model_folder(Path(config.model.critic_path)))
 
 
 def build_stages(config: Config, base: BaseModel) -> Stages:
@@ -70,7 +81,5 @@ def _new_run_dir(runs_dir: Path, name: str) -> Path:
                 raise PermissionError(13, "Permission denied")
             return run_dir
     except OSError as error:
-        raise ConfigError(
-            f"runs_dir={runs_dir}: cannot write the run folder there ({error.strerror}); choose another"
-        ) from error
+        raise unwritable(runs_dir, error.strerror or str(error)) from error
     raise ConfigError(f"runs_dir={runs_dir}: a thousand runs named {name} in one second; choose another name")

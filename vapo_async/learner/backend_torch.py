@@ -5,8 +5,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from vapo_async.config import RunError
 
-class LearnerDivergedError(RuntimeError):
+
+class LearnerDivergedError(RunError):
     """A loss or a gradient is not finite; the message names it and what to do."""
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from vapo_async.config import ConfigError, EmbeddedModelConfig, FolderModelConfig, ModelConfig, SmolLM2ModelConfig
@@ -70,6 +70,24 @@ def check_model_folder(folder: Path) -> Path:
     return folder
 
 
+def check_loadable(folder: Path) -> None:
+    """Reads the model's configuration and the heads of its weight files, not the weights."""
+    try:
+        AutoConfig.from_pretrained(folder)
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt"):
+                pass
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _not_loadable(folder, error) from error
+
+
+def _not_loadable(folder: Path, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:160]
+    return ConfigError(
+        f"{folder} cannot be loaded as a causal language model: {reason}; give the folder that save_pretrained wrote"
+    )
+
+
 def _snapshot(name: str, progress: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download  # only where there is a hub
 
@@ -91,8 +109,7 @@ def load_policy(path: Path, dtype: str) -> PreTrainedModel:
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype], attn_implementation="sdpa")
     except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise ConfigError(f"{path} cannot be loaded as a causal language model: {reason}") from error
+        raise _not_loadable(path, error) from error
     return model.eval()
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from vapo_async.config import ConfigError, SmolLM2ModelConfig
 from vapo_async.models.cache import cache_root, ensure_folder, recipe_hash
@@ -93,9 +93,15 @@ def _verify(gguf: Path) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Weights, tokenizer with its chat template and generation settings as an ordinary folder."""
+    """Weights, tokenizer with its chat template and generation settings as an ordinary folder.
+
+    The weights move to a fresh model because one loaded from GGUF counts as quantised and refuses to be saved.
+    """
     source = str(gguf.parent)
-    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=gguf.name, dtype=torch.float32)
+    config = AutoConfig.from_pretrained(source, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(loaded.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=gguf.name)
     model.generation_config = GenerationConfig(
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id

@@ -32,8 +32,8 @@ def load_problems(
     """Problems of a jsonl, json or parquet file, or else of a Hugging Face data set of that name.
 
     Column names may be paths into nested rows: ``reward_model.ground_truth``, ``prompt.0.content``. With an
-    ``answer_separator`` the answer is what follows its last occurrence. ``limit`` keeps the first rows. A row without a question or an answer
-    is an error, or is left out with a warning if ``skip_incomplete``.
+    ``answer_separator`` the answer is what follows its last occurrence. ``limit`` keeps the first rows. A row without
+    a question or an answer is an error, or is left out with a warning if ``skip_incomplete``.
     """
     problems: list[Problem] = []
     skipped: list[str] = []

@@ -154,7 +154,13 @@ def _dataset(task: DatasetTaskConfig) -> Task:
             f"task.train={task.train} leaves no training problem: {len(rows)} rows, {len(heldout)} of them held out; "
             "lower task.heldout_problems or give task.heldout a file of its own"
         )
-    return Task(Path(task.train).stem, train, heldout, removed)
+    return Task(_name(task.train), train, heldout, removed)
+
+
+def _name(train: str) -> str:
+    """``gsm8k/train`` for a file in a folder, ``gsm8k`` for ``openai/gsm8k``."""
+    path = Path(train)
+    return f"{path.absolute().parent.name}/{path.stem}" if path.suffix else path.name
 
 
 def _drawn(problems: list[Problem], count: int) -> list[Problem]:

@@ -1,0 +1,108 @@
+"""Real Ray: every stage in its own process, overlap, staleness, Ctrl-C and resume, a killed worker."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import REPOSITORY, tiny_overrides
+
+pytestmark = pytest.mark.ray
+
+SCRIPT = REPOSITORY / "scripts" / "train_async.py"
+
+
+def command(base_folder: Path, runs_dir: Path, *more: str) -> list[str]:
+    return [
+        sys.executable,
+        str(SCRIPT),
+        *tiny_overrides(base_folder, runs_dir),
+        "launcher=ray",
+        "buffer.max_staleness=2",
+        *more,
+    ]
+
+
+def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        arguments, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def wait_for(log: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while text not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+
+
+def newest_run(runs_dir: Path) -> Path:
+    return sorted((runs_dir / "tiny").iterdir())[-1]
+
+
+def test_a_run_over_ray_keeps_the_bound_and_balances(base_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(command(base_folder, tmp_path, "steps=12", "launcher.rollout_workers=2"), log)
+    assert process.wait(timeout=200) == 0, log.read_text()
+    run_dir = newest_run(tmp_path)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "finished"
+    assert summary["versions"] == 13
+    assert summary["optimizer_steps"] == 24
+    assert 0 < summary["mean_age"] <= summary["max_age"] <= summary["max_staleness"] == 2
+    assert sum(summary["age_histogram"].values()) == 26
+    tickets = summary["tickets"]
+    assert tickets["charged"] == tickets["committed"] + tickets["refunded"] + tickets["outstanding"]
+    assert tickets["committed"] >= 26
+    assert summary["generated_tokens"] >= summary["trained_tokens"] > 0
+    assert {path.name for path in run_dir.iterdir()} >= {"config.yaml", "metrics.jsonl", "report.png", "checkpoints"}
+    assert str(run_dir / "report.png") in log.read_text()
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(base_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(command(base_folder, tmp_path, "steps=400"), log)
+    wait_for(log, "policy 3/400", process)
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to every process of the group
+    assert process.wait(timeout=100) == 130, log.read_text()
+    run_dir = newest_run(tmp_path)
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["versions"] >= 4
+    assert "Traceback" not in log.read_text()
+    steps = summary["versions"] + 2  # one batch is pretraining: three more policy updates
+    again = tmp_path / "again"
+    process = start(command(base_folder, tmp_path, f"steps={steps}", "resume=auto"), again)
+    assert process.wait(timeout=200) == 0, again.read_text()
+    assert newest_run(tmp_path) == run_dir
+    resumed = json.loads((run_dir / "summary.json").read_text())
+    assert resumed["versions"] == steps + 1
+    assert resumed["base_accuracy"] == summary["base_accuracy"]
+    assert resumed["max_age"] <= 2
+    tickets = resumed["tickets"]
+    assert tickets["charged"] == tickets["committed"] + tickets["refunded"] + tickets["outstanding"]
+    policy_rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in policy_rows if "reward" in row] == list(range(steps + 1))
+
+
+def test_a_killed_rollout_worker_ends_the_run_with_one_line(base_folder: Path, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    process = start(command(base_folder, tmp_path, "steps=400"), log)
+    wait_for(log, "policy 2/400", process)
+    family = psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in family if "RolloutActor" in " ".join(child.cmdline())]
+    assert len(workers) == 1
+    workers[0].kill()
+    assert process.wait(timeout=60) == 1, log.read_text()
+    last = log.read_text().strip().splitlines()[-1]
+    assert last.startswith("error: the run waited for rollout worker 0"), last
+    assert "whose process died" in last
+    assert "Traceback" not in log.read_text()
+    gone, alive = psutil.wait_procs(family, timeout=20)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], alive

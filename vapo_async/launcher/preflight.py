@@ -1,0 +1,85 @@
+"""What can be seen without loading anything: run folder, resume, Ray's address and port. Imports neither torch nor Ray."""
+
+import os
+import socket
+from contextlib import closing
+from pathlib import Path
+
+from vapo_async.checkpoint import find_resume
+from vapo_async.config import Config, ConfigError, RayLauncherConfig
+
+LOOPBACK = "127.0.0.1"
+START_RAY = "start one there with `ray start --head`, or unset it to get a local Ray"
+
+
+def preflight(config: Config) -> None:
+    """Looks where a run would write, go on from and connect to; leaves nothing behind.
+
+    Raises:
+        ConfigError: something that the user can mend.
+    """
+    find_resume(config.resume, Path(config.runs_dir), config.name)
+    check_writable(Path(config.runs_dir))
+    if isinstance(config.launcher, RayLauncherConfig):
+        check_ray(config.launcher)
+
+
+def check_writable(runs_dir: Path) -> None:
+    """Run folders can be made in ``runs_dir``, which need not exist yet."""
+    path = runs_dir.absolute()
+    while not os.path.lexists(path):
+        path = path.parent
+    if not path.is_dir():
+        raise unwritable(runs_dir, f"{path} is not a folder")
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise unwritable(runs_dir, f"no permission in {path}")
+
+
+def unwritable(runs_dir: Path, reason: str) -> ConfigError:
+    return ConfigError(f"runs_dir={runs_dir}: cannot write the run folder there ({reason}); choose another")
+
+
+def ray_address(config: RayLauncherConfig) -> str | None:
+    """The cluster to join; None: start a local Ray."""
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
+
+
+def ray_address_source(config: RayLauncherConfig) -> str:
+    """Where :func:`ray_address` found it, as errors name it."""
+    return "launcher.address" if config.address else "RAY_ADDRESS"
+
+
+def check_ray(config: RayLauncherConfig) -> None:
+    """Somebody answers at the cluster's address, or the local Ray's port is free."""
+    address = ray_address(config)
+    if address is not None:
+        _check_answers(address, ray_address_source(config), config.connect_timeout_s)
+    elif config.port is not None:
+        _check_port_free(config.port)
+
+
+def _check_answers(address: str, where: str, timeout_s: float) -> None:
+    """A plain TCP connection: Ray itself waits minutes and then aborts the process."""
+    if address == "auto":
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65_536:
+        raise ConfigError(f"{where}={address}: expected host:port, ray://host:port, 'auto' or 'local'")
+    try:
+        with closing(socket.create_connection((host, int(port)), timeout=timeout_s)):
+            return
+    except OSError as error:
+        raise ConfigError(f"{where}={address}: nobody answers there ({error.strerror or error}); {START_RAY}") from error
+
+
+def _check_port_free(port: int) -> None:
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_STREAM)) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port that was just given up is free
+        try:
+            probe.bind((LOOPBACK, port))
+        except OSError as error:
+            raise ConfigError(
+                f"launcher.port={port}: cannot be used on {LOOPBACK} ({error.strerror}); "
+                "choose another, or null for a free one"
+            ) from error

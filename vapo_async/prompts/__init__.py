@@ -1,0 +1,1 @@
+"""Problems, prompts and the resumable stream that hands them out."""
