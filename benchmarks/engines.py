@@ -95,7 +95,9 @@ class StallRow:
     kv_cache: str
     tokens_in_flight: int
     stall_ms: float
+    stall_cpu_ms: float
     decode_step_ms: float
+    decode_step_cpu_ms: float
 
 
 Run = Callable[[Workload], list[int]]
@@ -124,7 +126,7 @@ def continuous_batching(model: PreTrainedModel, concurrency: int, longest: int) 
     """Transformers' ``ContinuousBatchingManager``, started beforehand."""
     pages = concurrency * (-(-longest // PAGE) + 1)
     manager = model.init_continuous_batching(  # type: ignore[operator]
-        generation_config=sampling(longest, eos_token_id=-1),
+        generation_config=sampling(model, longest),
         continuous_batching_config=ContinuousBatchingConfig(
             page_size=PAGE,
             num_blocks=pages,  # the default takes all memory there is
@@ -168,7 +170,7 @@ def generate(model: PreTrainedModel, concurrency: int, longest: int) -> Iterator
             width = max(len(prompt) for prompt in prompts)
             ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
             mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-            config = sampling(max(lengths), return_dict_in_generate=True, output_scores=True)
+            config = sampling(model, max(lengths), return_dict_in_generate=True, output_scores=True)
             out = model.generate(ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
             log_probs = torch.stack(out.scores, 1).log_softmax(-1).gather(2, out.sequences[:, width:, None])[..., 0]
             written += [len(row[:length]) for row, length in zip(log_probs, lengths, strict=True)]
@@ -180,10 +182,10 @@ def generate(model: PreTrainedModel, concurrency: int, longest: int) -> Iterator
 ENGINES = {"embedded": embedded, "continuous batching": continuous_batching, BASELINE: generate}
 
 
-def sampling(longest: int, **settings: object) -> GenerationConfig:
-    """Plain sampling at T = 1 without an end token."""
+def sampling(model: PreTrainedModel, longest: int, **settings: object) -> GenerationConfig:
+    """Plain sampling at T = 1 with an end token that does not exist (without one the model's own would be taken)."""
     plain = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "pad_token_id": 0}
-    return GenerationConfig(max_new_tokens=longest, **(plain | settings))
+    return GenerationConfig(max_new_tokens=longest, eos_token_id=model.config.vocab_size, **(plain | settings))
 
 
 def make_engine(
@@ -256,17 +258,27 @@ def stall_rows(name: str, model: PreTrainedModel, sizes: Sizes) -> Iterator[Stal
                 engine.submit(GenerationRequest(i, tuple(prompt), 1, sizes.uniform_tokens + updates + 1))
             for _ in range(sizes.uniform_tokens):
                 engine.step()
-            stalls, steps = [], []
+            stalls: list[tuple[float, float]] = []
+            steps: list[tuple[float, float]] = []
             for version in range(1, updates + 1):
-                start = time.perf_counter()
+                start = _now()
                 engine.load_weights(version, weights)
-                loaded = time.perf_counter()
+                loaded = _now()
                 engine.step()
-                stalls.append(loaded - start)
-                steps.append(time.perf_counter() - loaded)
+                stalls.append(_milliseconds(start, loaded))
+                steps.append(_milliseconds(loaded, _now()))
             held = sum(len(prompt) for prompt in work.prompts[:concurrency]) + concurrency * sizes.uniform_tokens
-            medians = 1000 * statistics.median(stalls), 1000 * statistics.median(steps)
+            medians = [statistics.median(column) for rows in (stalls, steps) for column in zip(*rows, strict=True)]
             yield StallRow(name, concurrency, on_update.value, held, *medians)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _milliseconds(start: tuple[float, float], end: tuple[float, float]) -> tuple[float, float]:
+    """Wall and CPU."""
+    return 1000 * (end[0] - start[0]), 1000 * (end[1] - start[1])
 
 
 def print_tables(speeds: list[SpeedRow], stalls: list[StallRow]) -> None:
@@ -276,13 +288,13 @@ def print_tables(speeds: list[SpeedRow], stalls: list[StallRow]) -> None:
         head = f"{row.model}  {row.lengths:<12}{row.concurrency:>4}  {row.engine:<20}"
         ratios = f"{row.speedup:>12.2f}{row.tokens_per_cpu_s:>16,.0f}{row.cpu_speedup:>12.2f}"
         print(f"{head}{row.tokens_per_s:>12,.0f}{ratios}")
-    print("\nweight update, embedded engine     KV cache    tokens in flight    stall ms    decode step ms")
+    columns = "".join(f"{title:>14}" for title in ("stall ms", "CPU ms", "decode step ms", "CPU ms"))
+    print(f"\n{'weight update, embedded engine':<35}{'KV cache':<12}{'tokens in flight':>16}{columns}")
     for stall in stalls:
         head = f"{stall.model}  {stall.concurrency:>4} in flight"
-        print(
-            f"{head:<35}{stall.kv_cache:<12}{stall.tokens_in_flight:>16,}{stall.stall_ms:>12.1f}"
-            f"{stall.decode_step_ms:>18.1f}"
-        )
+        times = stall.stall_ms, stall.stall_cpu_ms, stall.decode_step_ms, stall.decode_step_cpu_ms
+        values = "".join(f"{ms:>14.1f}" for ms in times)
+        print(f"{head:<35}{stall.kv_cache:<12}{stall.tokens_in_flight:>16,}{values}")
 
 
 def environment() -> dict[str, object]:

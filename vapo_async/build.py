@@ -16,7 +16,7 @@ from vapo_async.collector.factory import build_engine
 from vapo_async.config import AdvantageKind, Config, ConfigError, TorchLearnerConfig, resolved_lead
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
-from vapo_async.learner.models import Critic
+from vapo_async.learner.models import Critic, check_log_probs
 from vapo_async.models.load import load_policy, load_tokenizer
 from vapo_async.prompts.stream import PromptStream
 from vapo_async.prompts.tasks import Task, build_task
@@ -97,6 +97,7 @@ def build_flow(config: Config, base: BaseModel) -> Flow:
 def build_learner(config: Config, base: BaseModel) -> Learner:
     """Policy and critic; the critic starts from ``model.critic_path``'s backbone or a copy of the policy's."""
     policy = load_policy(base.model, config.model.dtype)
+    check_log_probs(policy)
     critic = None
     if config.algorithm.advantage is AdvantageKind.gae:
         critic_path = config.model.critic_path

@@ -291,7 +291,7 @@ class BufferConfig:
     max_staleness: int = 4
     """S: no group older than this many versions is ever trained on. 0 = synchronous."""
     lead: int | None = None
-    """L ≤ S: how many batches generation may run ahead; null = min(2, S)."""
+    """L ≤ S: how many batches generation may run ahead; null = min(1, S)."""
 
 
 @dataclass
@@ -345,7 +345,7 @@ class Config:
     name: str = "train"
     """Runs are written to ``runs_dir/name/<time>/``."""
     seed: int = 0
-    steps: int = 30
+    steps: int = 80
     """Policy updates (rollout batches after value pretraining)."""
     runs_dir: str = "runs"
     resume: str = "never"
@@ -383,5 +383,5 @@ class RunError(RuntimeError):
 
 
 def resolved_lead(buffer: BufferConfig) -> int:
-    """L: the configured lead, or min(2, S)."""
-    return min(2, buffer.max_staleness) if buffer.lead is None else buffer.lead
+    """L: the configured lead, or min(1, S)."""
+    return min(1, buffer.max_staleness) if buffer.lead is None else buffer.lead

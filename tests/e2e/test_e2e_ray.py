@@ -104,5 +104,5 @@ def test_a_killed_rollout_worker_ends_the_run_with_one_line(base_folder: Path, t
     assert last.startswith("error: the run waited for rollout worker 0"), last
     assert "whose process died" in last
     assert "Traceback" not in log.read_text()
-    gone, alive = psutil.wait_procs(family, timeout=20)
+    _, alive = psutil.wait_procs(family, timeout=20)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], alive

@@ -16,7 +16,7 @@ from vapo_async.config import AdvantageKind, AlgorithmConfig, ConfigError, Impor
 from vapo_async.learner.backend_torch import LearnerDivergedError
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import Learner
-from vapo_async.learner.models import Critic, policy_log_probs
+from vapo_async.learner.models import Critic, check_log_probs, policy_log_probs
 from vapo_async.learner.packing import microbatches
 from vapo_async.schema import FinishReason, Problem, Prompt, Response, Score, Ticket, make_trajectory, set_score
 from vapo_async.weights.mailbox import Mailbox, published_tensors
@@ -227,3 +227,17 @@ def test_micro_batches_keep_the_budget_and_every_row(lengths: Sequence[int]) -> 
     for piece in pieces:
         padded = len(piece) * max(lengths[row] for row in piece)
         assert padded <= 20 or len(piece) == 1
+
+
+def test_a_model_that_scales_its_logits_is_refused() -> None:
+    class Scaled(type(tiny_policy(VOCAB))):  # type: ignore[misc]
+        def forward(self, **kwargs: object) -> object:
+            out = super().forward(**kwargs)
+            out.logits = out.logits * 0.5
+            return out
+
+    policy = tiny_policy(VOCAB)
+    check_log_probs(policy)
+    policy.__class__ = Scaled
+    with pytest.raises(ConfigError, match="changes its logits after the output embedding"):
+        check_log_probs(policy)

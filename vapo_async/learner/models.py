@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from vapo_async.config import ConfigError
 from vapo_async.objectives.logprobs import token_log_probs
 
 
@@ -44,6 +45,28 @@ def policy_log_probs(
         hidden, head.weight, tokens[mask], temperature=temperature, chunk_tokens=chunk_tokens, bias=head.bias
     )
     return _scatter(log_prob, mask), _scatter(entropy, mask)
+
+
+@torch.no_grad()
+def check_log_probs(policy: PreTrainedModel) -> None:
+    """Compares :func:`policy_log_probs` with the model's own logits on a few tokens.
+
+    Raises:
+        ConfigError: the model does more to its logits than multiply by the output embedding (a scale, a soft cap).
+    """
+    vocab_size = policy.get_output_embeddings().weight.shape[0]
+    tokens = torch.arange(8, device=policy.device)[None] * 7919 % vocab_size
+    mask = torch.ones_like(tokens, dtype=torch.bool)
+    mask[:, 0] = False
+    ours, _ = policy_log_probs(policy, tokens, mask, temperature=1.0, chunk_tokens=8)
+    logits = policy(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    theirs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    gap = float((ours[0, 1:] - theirs).abs().max())
+    if gap > 1e-2:
+        raise ConfigError(
+            f"model {type(policy).__name__} changes its logits after the output embedding (log-probs differ by {gap:.3g}): "
+            "the learner cannot train it; use a model of the Qwen2 or Llama kind"
+        )
 
 
 def _hidden_before_masked(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
