@@ -46,5 +46,5 @@ $(READY): pyproject.toml constraints.txt
 		echo "error: $(PYTHON) is no Python 3.11 or newer: name one, as in \`make setup PYTHON=python3.11\`" >&2; exit 1; }
 	@echo "setting up .venv (about two minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[dev]'
 	@touch $@

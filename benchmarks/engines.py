@@ -1,6 +1,6 @@
 """Speed of the embedded engine beside Transformers' continuous batching and ``generate``; the cost of a weight update.
 
-    python benchmarks/engines.py --json engines.json      two minutes on one core
+    python benchmarks/engines.py --json engines.json      a minute on one core
     python benchmarks/engines.py --quick                   seconds: does it run?
 
 Random weights in the shape of the embedded model, one torch thread. Every engine gets the same prompts and the same
@@ -288,12 +288,12 @@ def print_tables(speeds: list[SpeedRow], stalls: list[StallRow]) -> None:
         head = f"{row.model}  {row.lengths:<12}{row.concurrency:>4}  {row.engine:<20}"
         ratios = f"{row.speedup:>12.2f}{row.tokens_per_cpu_s:>16,.0f}{row.cpu_speedup:>12.2f}"
         print(f"{head}{row.tokens_per_s:>12,.0f}{ratios}")
-    columns = "".join(f"{title:>14}" for title in ("stall ms", "CPU ms", "decode step ms", "CPU ms"))
+    columns = "".join(f"{title:>16}" for title in ("stall ms", "CPU ms", "decode step ms", "CPU ms"))
     print(f"\n{'weight update, embedded engine':<35}{'KV cache':<12}{'tokens in flight':>16}{columns}")
     for stall in stalls:
         head = f"{stall.model}  {stall.concurrency:>4} in flight"
         times = stall.stall_ms, stall.stall_cpu_ms, stall.decode_step_ms, stall.decode_step_cpu_ms
-        values = "".join(f"{ms:>14.1f}" for ms in times)
+        values = "".join(f"{ms:>16.1f}" for ms in times)
         print(f"{head:<35}{stall.kv_cache:<12}{stall.tokens_in_flight:>16,}{values}")
 
 

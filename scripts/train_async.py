@@ -1,4 +1,4 @@
-"""Trains a reasoning model by asynchronous VAPO: ``python scripts/train_async.py [key=value …]``, ``--help`` explains."""
+"""Trains a reasoning model by asynchronous VAPO: ``python scripts/train_async.py [key=value …]``; see ``--help``."""
 
 import sys
 

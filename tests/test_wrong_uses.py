@@ -78,6 +78,11 @@ MISTAKES = {
     "RAY_ADDRESS that answers nobody": Mistake(
         (), ("RAY_ADDRESS=127.0.0.1:{closed}: nobody answers there", "unset it"), ray_address="127.0.0.1:{closed}"
     ),
+    "RAY_ADDRESS of something that is no Ray": Mistake(
+        ("launcher.connect_timeout_s=0.5",),
+        ("RAY_ADDRESS=127.0.0.1:{taken}: nobody answers there (timed out)", "unset it"),
+        ray_address="127.0.0.1:{taken}",
+    ),
     "RAY_ADDRESS that is no address": Mistake(
         (), ("RAY_ADDRESS=somewhere: expected host:port",), ray_address="somewhere"
     ),

@@ -70,10 +70,11 @@ def build_evaluator(config: Config, base: BaseModel) -> Evaluator:
         load_policy(base.model, config.model.dtype),
         tokenizer,
         max_length=max_length(config),
-        seed=derived_seed(config.seed, "evaluation"),
+        seed=0,
         temperature=config.evaluation.temperature,
     )
-    return Evaluator(engine, tokenizer, max_response_tokens=config.task.max_response_tokens)
+    seed = derived_seed(config.seed, "evaluation")
+    return Evaluator(engine, tokenizer, max_response_tokens=config.task.max_response_tokens, seed=seed)
 
 
 def build_verifier(config: Config) -> TaskVerifier:

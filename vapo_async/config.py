@@ -1,7 +1,7 @@
 """The typed configuration tree. ``configs/*.yaml`` fill it; ``config_checks`` refuses contradictions.
 
-Group choices (``task=``, ``model=``, ``engine=``, ``learner=``, ``launcher=``) are subclasses of the group's base class:
-the code that needs one of them does a single ``match`` on its type.
+Group choices (``task=``, ``model=``, ``engine=``, ``learner=``, ``launcher=``) are subclasses of the group's base
+class: the code that needs one of them does a single ``match`` on its type.
 """
 
 from dataclasses import dataclass, field
@@ -45,7 +45,6 @@ class KVCacheOnUpdate(Enum):
 
     keep = "keep"  # old keys stay: cheap; log-probs are of that mixed policy, which is what was sampled from
     recompute = "recompute"  # prefill again with the new weights
-
 
 
 @dataclass
@@ -227,6 +226,8 @@ class EngineConfig:
     top_p: float = 1.0
     """Must be 1: the stored log-prob has to be of the distribution sampled from, which the learner cannot rebuild."""
     kv_cache_on_update: KVCacheOnUpdate = KVCacheOnUpdate.recompute
+    device: str = "cpu"
+    """Where the engine's model lives: ``cpu`` or ``cuda``."""
 
 
 @dataclass
@@ -247,13 +248,13 @@ class LearnerConfig:
     """Positions whose [V] logits are held at once."""
     threads: int = 1
     """Torch threads of the learner's process."""
+    device: str = "cpu"
+    """Where policy and critic live: ``cpu`` or ``cuda``."""
 
 
 @dataclass
 class TorchLearnerConfig(LearnerConfig):
     """One process, plain torch."""
-
-    device: str = "cpu"
 
 
 @dataclass
@@ -271,12 +272,14 @@ class RayLauncherConfig(LauncherConfig):
     """Every stage in a Ray actor of its own."""
 
     address: str | None = None
-    """An existing cluster (``host:port``, ``ray://…`` or ``auto``); null = $RAY_ADDRESS, else a local one is started."""
+    """An existing cluster (``host:port``, ``ray://…`` or ``auto``); null = $RAY_ADDRESS, else a local one starts."""
     port: int | None = None
     """Port of the local Ray's control store; null = a free one."""
     rollout_workers: int = 1
     threads_per_worker: int = 1
     """Torch threads of a rollout worker."""
+    gpus_per_actor: float = 1.0
+    """GPUs that Ray reserves for each actor whose device is not the CPU; below 1 they share one."""
     connect_timeout_s: float = 20.0
     start_timeout_s: float = 120.0
     """Limit for all actors to come up."""
@@ -316,8 +319,6 @@ class EvaluationConfig:
     samples: int = 4
     """k of avg@k."""
     temperature: float = 1.0
-    final_problems: int | None = None
-    """Problems of the first and the last evaluation; null = ``problems``."""
 
 
 @dataclass

@@ -24,7 +24,6 @@ from vapo_async.config import (
     ModelConfig,
     RayLauncherConfig,
     TaskConfig,
-    TorchLearnerConfig,
     TransformersEngineConfig,
     VerifierConfig,
 )
@@ -157,6 +156,7 @@ def _engine(c: EngineConfig) -> None:
     _require(c.top_p == 1, "engine.top_p", c.top_p, "1", hint)
     if isinstance(c, TransformersEngineConfig):
         _at_least("engine.max_slots", c.max_slots, 1)
+    _device("engine.device", c.device)
 
 
 def _learner(c: LearnerConfig, task: TaskConfig) -> None:
@@ -166,9 +166,12 @@ def _learner(c: LearnerConfig, task: TaskConfig) -> None:
     _require(value >= longest, key, value, bound, "one response has to fit into a pass; shorten it or raise this")
     _at_least("learner.logprob_chunk_tokens", c.logprob_chunk_tokens, 1)
     _at_least("learner.threads", c.threads, 1)
-    if isinstance(c, TorchLearnerConfig):
-        known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", c.device) is not None
-        _require(known, "learner.device", c.device, "cpu, cuda, cuda:<n> or mps")
+    _device("learner.device", c.device)
+
+
+def _device(key: str, device: str) -> None:
+    known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) is not None
+    _require(known, key, device, "cpu, cuda, cuda:<n> or mps")
 
 
 def _launcher(c: LauncherConfig) -> None:
@@ -181,6 +184,7 @@ def _launcher(c: LauncherConfig) -> None:
     _require(c.address != "", "launcher.address", c.address, "host:port, ray://…, auto or null")
     _at_least("launcher.rollout_workers", c.rollout_workers, 1)
     _at_least("launcher.threads_per_worker", c.threads_per_worker, 1)
+    _above("launcher.gpus_per_actor", c.gpus_per_actor, 0)
     _above("launcher.connect_timeout_s", c.connect_timeout_s, 0)
     _above("launcher.start_timeout_s", c.start_timeout_s, 0)
     _above("launcher.stage_timeout_s", c.stage_timeout_s, 0)
@@ -205,12 +209,9 @@ def _evaluation(c: EvaluationConfig, task: TaskConfig) -> None:
     _at_least("evaluation.problems", c.problems, 1)
     _at_least("evaluation.samples", c.samples, 1)
     _above("evaluation.temperature", c.temperature, 0, "scripts/evaluate.py does greedy decoding")
-    if c.final_problems is not None:
-        _at_least("evaluation.final_problems", c.final_problems, 1)
     bound = f"≤ task.heldout_problems = {task.heldout_problems}"
-    for key, value in (("problems", c.problems), ("final_problems", c.final_problems)):
-        fits = value is None or value <= task.heldout_problems
-        _require(fits, f"evaluation.{key}", value, bound, "raise task.heldout_problems or lower this")
+    fits = c.problems <= task.heldout_problems
+    _require(fits, "evaluation.problems", c.problems, bound, "raise task.heldout_problems or lower this")
 
 
 def _require(holds: bool, key: str, value: object, expected: str, hint: str = "") -> None:

@@ -110,7 +110,7 @@ class Evaluation:
     task: str
     problems: int
     left_out: int
-    """Held-out problems whose prompt is longer than ``task.max_prompt_tokens``."""
+    """Held-out problems that nobody is asked because their prompt is longer than ``task.max_prompt_tokens``."""
     samples: int
     """k: responses to each problem."""
     temperature: float
@@ -131,7 +131,7 @@ class Evaluation:
 
     def rows(self) -> list[tuple[str, str]]:
         """Labels and values of the closing table."""
-        left_out = f" ({self.left_out} with too long a prompt left out)" if self.left_out else ""
+        left_out = f" ({self.left_out} with a prompt over task.max_prompt_tokens left out)" if self.left_out else ""
         return [
             ("model", self.model),
             ("task", self.task),
@@ -162,8 +162,9 @@ def evaluate_model(config: Config, note: Callable[[str], None], progress: Callab
     task = build_task(config.task, config.seed)
     folder = ensure_model(config.model, note)
     base = BaseModel(folder, ensure_tokenizer(config.model, folder))
-    asked = min(settings.final_problems or settings.problems, len(task.heldout))
-    heldout = build_heldout(config, task, load_tokenizer(base.tokenizer), asked)
+    fitting = build_heldout(config, task, load_tokenizer(base.tokenizer), len(task.heldout))
+    asked = settings.problems
+    heldout = HeldOut(fitting.problems[:asked], fitting.prompts[:asked])
     greedy_config = replace(config, evaluation=replace(settings, temperature=0.0))
     line = _ProgressLine(len(heldout.problems) * (settings.samples + 1), progress)
     with build_verifier(config) as verifier:
@@ -175,7 +176,7 @@ def evaluate_model(config: Config, note: Callable[[str], None], progress: Callab
         model=str(folder),
         task=task.name,
         problems=len(heldout.problems),
-        left_out=asked - len(heldout.problems),
+        left_out=len(task.heldout) - len(fitting.problems),
         samples=settings.samples,
         temperature=settings.temperature,
         avg_at_k=avg_at_k(sampled.correct),

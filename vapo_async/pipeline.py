@@ -33,7 +33,6 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
     A first Ctrl-C or SIGTERM ends it with a checkpoint; the summary's status is then ``interrupted``.
     """
     evaluation = config.evaluation
-    first_and_last = evaluation.final_problems or evaluation.problems
     total = config.algorithm.value_pretraining_steps + config.steps
     with Interrupts() as interrupts, Recorder(config, run_dir, console) as recorder:
         saved = -1
@@ -44,7 +43,7 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
             saved = recorder.batches
             recorder.note(f"resumed from {checkpoint}: {recorder.batches} of {total} batches done")
         elif not recorder.evaluated(0):
-            stages.start_evaluation(0, first_and_last)
+            stages.start_evaluation(0)
         recorder.start_clock()
         while recorder.batches < total:
             start = time.perf_counter()
@@ -57,7 +56,7 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
             recorder.batch(batch, result, stages.stats(), waited_s)
             step = recorder.step
             if step and evaluation.every and step % evaluation.every == 0 and step < config.steps:
-                stages.start_evaluation(step, evaluation.problems)
+                stages.start_evaluation(step)
             for finished in stages.finished_evaluations(wait=False):
                 recorder.evaluation(finished)
             every = config.checkpoint.every
@@ -67,10 +66,12 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
         interrupted = recorder.batches < total
         if interrupted:
             recorder.note("interrupted: writing a checkpoint (again to leave at once)")
+        else:
+            stages.stop_taking()  # generation ends here: what is left of the time belongs to the last evaluation
         if saved != recorder.batches:
             _save(config, stages, recorder, run_dir)
         if not interrupted and not recorder.evaluated(recorder.step):
-            stages.start_evaluation(recorder.step, first_and_last)
+            stages.start_evaluation(recorder.step)
         for finished in stages.finished_evaluations(wait=True):
             recorder.evaluation(finished)
         return recorder.finish(stages.stats().tickets, list_checkpoints(run_dir)[-1], interrupted=interrupted)

@@ -147,7 +147,9 @@ def check_trajectory(trajectory: TensorDictBase) -> None:
         if value.shape != expected:
             raise ValueError(f"trajectory key '{key}' has shape {list(value.shape)}, expected {list(expected)}")
     if not bool(trajectory[RESPONSE_MASK][-1]):
-        raise ValueError(f"trajectory key '{RESPONSE_MASK}' must be True on the last token: the response is empty or padded")
+        raise ValueError(
+            f"trajectory key '{RESPONSE_MASK}' must be True on the last token: the response is empty or padded"
+        )
 
 
 def oldest_version(group: TensorDictBase) -> int:

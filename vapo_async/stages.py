@@ -68,7 +68,7 @@ class Stages(Protocol):
         """Hands the learner's weights to every engine, then counts the version. Returns the new version."""
         ...
 
-    def start_evaluation(self, step: int, problems: int) -> None:
+    def start_evaluation(self, step: int) -> None:
         """Evaluates the learner's present policy; may go on beside training."""
         ...
 
@@ -120,15 +120,12 @@ def write_scores(finished: FinishedGroup, scores: Sequence[Score]) -> None:
         set_score(trajectory, score)
 
 
-def evaluate(
-    evaluator: Evaluator, verifier: Scorer, heldout: HeldOut, *, step: int, problems: int, samples: int
-) -> EvaluationResult:
-    """Samples and judges the first ``problems`` held-out problems."""
-    chosen = heldout.problems[:problems]
-    sampled = evaluator.sample(heldout.prompts[:problems], samples)
+def evaluate(evaluator: Evaluator, verifier: Scorer, heldout: HeldOut, *, step: int, samples: int) -> EvaluationResult:
+    """Samples and judges the held-out problems."""
+    sampled = evaluator.sample(heldout.prompts, samples)
     requests = [
         ScoreRequest(problem, text, length)
-        for problem, responses in zip(chosen, sampled, strict=True)
+        for problem, responses in zip(heldout.problems, sampled, strict=True)
         for text, length in zip(responses.texts, responses.lengths, strict=True)
     ]
     verdicts = [score.correct for score in verifier.score(requests)]

@@ -1,4 +1,4 @@
-"""The embedded engine: log-probs, versions and KV cache under weight swaps, against Hugging Face in full recomputation."""
+"""The embedded engine: log-probs, versions and KV cache under weight swaps, against Hugging Face in full."""
 
 from collections.abc import Sequence
 

@@ -69,7 +69,6 @@ REFUSED = [
     ("verifier.memory_mb=1", "verifier.memory_mb must be ≥ 256"),
     ("evaluation.samples=0", "evaluation.samples must be ≥ 1"),
     ("evaluation.problems=257", "evaluation.problems must be ≤ task.heldout_problems = 256, found 257"),
-    ("evaluation.final_problems=0", "evaluation.final_problems must be ≥ 1"),
     ("evaluation.every=-1", "evaluation.every must be ≥ 0"),
     ("checkpoint.keep=0", "checkpoint.keep must be ≥ 1"),
     ("steps=-1", "steps must be ≥ 0"),
@@ -97,7 +96,7 @@ def test_config_value_out_of_range_is_refused(line: str, message: str) -> None:
         "algorithm.lmbda=0 algorithm.lmbda_critic=0 algorithm.epochs=3 algorithm.minibatches=256",
         "task.max_response_tokens=96 task.overlong_cache_tokens=95",
         "launcher.port=65535",
-        "evaluation.every=0 evaluation.final_problems=256",
+        "evaluation.every=0",
     ],
 )
 def test_config_value_at_the_edge_is_taken(line: str) -> None:

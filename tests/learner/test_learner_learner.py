@@ -23,7 +23,13 @@ from vapo_async.weights.mailbox import Mailbox, published_tensors
 
 VOCAB = 18
 ALGORITHM = AlgorithmConfig(
-    groups_per_batch=3, group_size=4, minibatches=3, value_pretraining_steps=0, policy_lr=1e-3, critic_lr=1e-3, alpha=1.5
+    groups_per_batch=3,
+    group_size=4,
+    minibatches=3,
+    value_pretraining_steps=0,
+    policy_lr=1e-3,
+    critic_lr=1e-3,
+    alpha=1.5,
 )
 
 
@@ -99,9 +105,7 @@ def test_engine_and_learner_agree_on_log_probs_before_and_after_swaps(temperatur
         for version in set(response.versions):
             learner.policy.load_state_dict(snapshots[version], strict=False)
             with torch.no_grad():
-                log_prob, _ = policy_log_probs(
-                    learner.policy, tokens, mask, temperature=temperature, chunk_tokens=4096
-                )
+                log_prob, _ = policy_log_probs(learner.policy, tokens, mask, temperature=temperature, chunk_tokens=4096)
             mine = torch.tensor([v == version for v in response.versions])
             found = torch.tensor(response.log_probs)[mine]
             assert (log_prob[0, len(prompt) :][mine] - found).abs().max() < 1e-4

@@ -157,11 +157,12 @@ def test_temperature_zero_decodes_greedily(tokenizer: PreTrainedTokenizerBase) -
 def test_streamed_responses_are_those_of_sample(tokenizer: PreTrainedTokenizerBase) -> None:
     def evaluator() -> Evaluator:
         policy = tiny_policy(len(tokenizer), seed=4)
-        engine = TransformersEngine(policy, eos_token_id=1, max_slots=4, max_length=32, seed=1)
-        return Evaluator(engine, tokenizer, max_response_tokens=8)
+        engine = TransformersEngine(policy, eos_token_id=1, max_slots=4, max_length=32)
+        return Evaluator(engine, tokenizer, max_response_tokens=8, seed=1)
 
-    prompts = [(3, 5), (4,), (7, 8, 9)]
-    streamed = dict(evaluator().stream(prompts, 3))
+    prompts, again = [(3, 5), (4,), (7, 8, 9)], evaluator()
+    streamed = dict(again.stream(prompts, 3))
+    assert dict(again.stream(prompts, 3)) == streamed, "every evaluation starts from the same seed"
     assert [streamed[i] for i in range(3)] == evaluator().sample(prompts, 3)
     for responses in streamed.values():
         assert len(responses.texts) == 3 and max(responses.lengths) <= 8

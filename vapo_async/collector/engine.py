@@ -62,6 +62,10 @@ class Engine(Protocol):
         """One decode step of every response in flight; returns those that it finished. No-op when idle."""
         ...
 
+    def seed(self, seed: int) -> None:
+        """Starts the sampling generator anew."""
+        ...
+
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Takes new weights between two decode steps; ``None`` means that the weights of ``version`` are the same."""
         ...

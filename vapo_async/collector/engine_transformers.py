@@ -129,20 +129,26 @@ class TransformersEngine:
         self._release(ended)
         return completions
 
+    def seed(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
+
     @torch.inference_mode()
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
         if version < self._version:
             raise ValueError(f"engine holds version {self._version}, was given the older version {version}")
-        self._version = version
         if tensors is None:
+            self._version = version
             return
-        missing, unexpected = self._model.load_state_dict(tensors, strict=False)
-        tied = set(getattr(self._model, "all_tied_weights_keys", {}) or {})
-        if unexpected or set(missing) - tied:
+        parameters = dict(self._model.named_parameters())  # tied ones once, as they are published
+        missing, unexpected = sorted(parameters.keys() - tensors.keys()), sorted(tensors.keys() - parameters.keys())
+        if missing or unexpected:
             raise ValueError(
-                f"weights of version {version} do not fit the engine's model: missing {sorted(set(missing) - tied)[:3]}, "
-                f"unexpected {sorted(unexpected)[:3]}"
+                f"weights of version {version} do not fit the engine's model: "
+                f"missing {missing[:3]}, unexpected {unexpected[:3]}"
             )
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+        self._version = version
         if self._kv_cache_on_update is KVCacheOnUpdate.recompute and self._running:
             n = len(self._running)
             order = self._lengths[:n].argsort(descending=True).tolist()

@@ -20,10 +20,15 @@ class SampledResponses:
 
 
 class Evaluator:
-    """Generates ``samples`` responses for each prompt with an engine of its own, so that training is not disturbed."""
+    """Generates ``samples`` responses for each prompt with an engine of its own, so that training is not disturbed.
 
-    def __init__(self, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, max_response_tokens: int) -> None:
-        self._engine = engine
+    Every evaluation starts from ``seed``: the same weights give the same numbers whenever they are evaluated.
+    """
+
+    def __init__(
+        self, engine: Engine, tokenizer: PreTrainedTokenizerBase, *, max_response_tokens: int, seed: int
+    ) -> None:
+        self._engine, self._seed = engine, seed
         self._tokenizer = tokenizer
         self._max_response_tokens = max_response_tokens
 
@@ -37,6 +42,7 @@ class Evaluator:
 
     def stream(self, prompts: Sequence[tuple[int, ...]], samples: int) -> Iterator[tuple[int, SampledResponses]]:
         """(a prompt's place, its responses) as soon as all ``samples`` of them are there."""
+        self._engine.seed(self._seed)
         for i, token_ids in enumerate(prompts):
             self._engine.submit(GenerationRequest(i, token_ids, samples, self._max_response_tokens))
         responses: list[list[Response]] = [[] for _ in prompts]

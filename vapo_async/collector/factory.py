@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vapo_async.collector.engine_transformers import TransformersEngine
@@ -23,6 +24,7 @@ def build_engine(
         raise ConfigError("the tokenizer has no end token (eos_token_id is None); set one in its tokenizer_config.json")
     match config:
         case TransformersEngineConfig():
+            nn.Module.to(model, config.device)
             return TransformersEngine(
                 model,
                 eos_token_id=eos,

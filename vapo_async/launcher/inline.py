@@ -1,7 +1,8 @@
 """One process, one thread of control: a run is a function of its config and seed.
 
-Generation advances inside :meth:`InlineStages.take` only, one decode step at a time, until the flow has a batch; responses
-that are not done then stay in flight across the publication. With ``max_staleness`` 0 this is synchronous training.
+Generation advances inside :meth:`InlineStages.take` only, one decode step at a time, until the flow has a batch;
+responses that are not done then stay in flight across the publication. With ``max_staleness`` 0 this is synchronous
+training.
 """
 
 import json
@@ -51,7 +52,7 @@ class InlineStages:
         self._verifier = build_verifier(config)
         self._evaluator = build_evaluator(config, base)
         task = build_task(config.task, config.seed)
-        self._heldout = build_heldout(config, task, self._tokenizer, config.task.heldout_problems)
+        self._heldout = build_heldout(config, task, self._tokenizer, config.evaluation.problems)
         self._mailbox = Mailbox()
         self._evaluations: list[EvaluationResult] = []
         self._generation_wait_s = 0.0
@@ -81,7 +82,7 @@ class InlineStages:
         self._pull_weights()
         return self.flow.publish()
 
-    def start_evaluation(self, step: int, problems: int) -> None:
+    def start_evaluation(self, step: int) -> None:
         self._evaluator.load_weights(step, published_tensors(self.learner.policy))
         self._evaluations.append(
             evaluate(
@@ -89,7 +90,6 @@ class InlineStages:
                 self._verifier,
                 self._heldout,
                 step=step,
-                problems=problems,
                 samples=self._config.evaluation.samples,
             )
         )

@@ -1,4 +1,4 @@
-"""What can be seen without loading anything: run folder, resume, Ray's address and port. Imports neither torch nor Ray."""
+"""What can be seen without loading torch or Ray: run folder, resume, Ray's address and port."""
 
 import os
 import socket
@@ -9,6 +9,7 @@ from vapo_async.checkpoint import find_resume
 from vapo_async.config import Config, ConfigError, RayLauncherConfig
 
 LOOPBACK = "127.0.0.1"
+_HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and an empty SETTINGS frame
 START_RAY = "start one there with `ray start --head`, or unset it to get a local Ray"
 
 
@@ -60,17 +61,27 @@ def check_ray(config: RayLauncherConfig) -> None:
 
 
 def _check_answers(address: str, where: str, timeout_s: float) -> None:
-    """A plain TCP connection: Ray itself waits minutes and then aborts the process."""
+    """Someone who speaks gRPC listens there. Ray itself would wait for minutes and then abort the process."""
     if address == "auto":
         return
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65_536:
         raise ConfigError(f"{where}={address}: expected host:port, ray://host:port, 'auto' or 'local'")
     try:
-        with closing(socket.create_connection((host, int(port)), timeout=timeout_s)):
-            return
+        with closing(socket.create_connection((host, int(port)), timeout=timeout_s)) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") == "0" and not _speaks_grpc(connection):
+                raise ConfigError(f"{where}={address}: what answers there is no Ray; {START_RAY}")
     except OSError as error:
-        raise ConfigError(f"{where}={address}: nobody answers there ({error.strerror or error}); {START_RAY}") from error
+        raise ConfigError(
+            f"{where}={address}: nobody answers there ({error.strerror or error}); {START_RAY}"
+        ) from error
+
+
+def _speaks_grpc(connection: socket.socket) -> bool:
+    """An HTTP/2 server greets with a SETTINGS frame, type 4."""
+    connection.sendall(_HTTP2_HELLO)
+    head = connection.recv(4, socket.MSG_WAITALL)  # length (3 bytes), type
+    return len(head) == 4 and head[3] == 4
 
 
 def _check_port_free(port: int) -> None:

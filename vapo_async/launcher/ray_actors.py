@@ -126,8 +126,8 @@ class VerifierActor:
 class RolloutActor:
     """Generates without ever waiting for a message while it has responses in flight.
 
-    ``run`` is the generation loop in one thread; other calls and the answers to its own requests reach it through an inbox
-    and, for weights, a mailbox that it looks into before every decode step.
+    ``run`` is the generation loop in one thread; other calls and the answers to its own requests reach it through an
+    inbox and, for weights, a mailbox that it looks into before every decode step.
     """
 
     def __init__(self, config: Config, base: BaseModel, worker: int, threads: int, flow: Any, verifier: Any) -> None:
@@ -258,13 +258,13 @@ class EvaluatorActor:
         self._evaluator = build_evaluator(config, base)
         task = build_task(config.task, config.seed)
         tokenizer = load_tokenizer(base.tokenizer)
-        self._heldout = build_heldout(config, task, tokenizer, config.task.heldout_problems)
+        self._heldout = build_heldout(config, task, tokenizer, config.evaluation.problems)
         self._verifier = _RemoteScorer(verifier)
 
     def ping(self) -> None:
         """Returns once the actor is up."""
 
-    def evaluate(self, step: int, problems: int, tensors: Mapping[str, Tensor]) -> EvaluationResult:
+    def evaluate(self, step: int, tensors: Mapping[str, Tensor]) -> EvaluationResult:
         self._evaluator.load_weights(step, tensors)
         samples = self._config.evaluation.samples
-        return evaluate(self._evaluator, self._verifier, self._heldout, step=step, problems=problems, samples=samples)
+        return evaluate(self._evaluator, self._verifier, self._heldout, step=step, samples=samples)

@@ -15,9 +15,9 @@ from vapo_async.learner.learner import UpdateResult
 from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, TakenBatch
 
 
-def _actor(stage: type[Any], *, num_cpus: int = 0, max_concurrency: int | None = None) -> Any:
-    """The class as an actor class; ``num_cpus`` is what Ray counts against the cluster's cores."""
-    options: dict[str, Any] = {"num_cpus": num_cpus}
+def _actor(stage: type[Any], *, num_cpus: int = 0, num_gpus: float = 0, max_concurrency: int | None = None) -> Any:
+    """The class as an actor class; Ray counts ``num_cpus`` and ``num_gpus`` against what the cluster has."""
+    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     if max_concurrency is not None:
         options["max_concurrency"] = max_concurrency
     return ray.remote(**options)(stage)
@@ -33,10 +33,13 @@ class RayStages:
         try:
             self._flow = _actor(FlowActor).remote(config, base)
             self._verifier = _actor(VerifierActor).remote(config)
-            self._learner = _actor(LearnerActor, num_cpus=config.learner.threads).remote(config, base)
-            self._evaluator = _actor(EvaluatorActor).remote(config, base, self._verifier)
+            gpus = 0.0 if config.learner.device == "cpu" else launcher.gpus_per_actor
+            learner = _actor(LearnerActor, num_cpus=config.learner.threads, num_gpus=gpus)
+            self._learner = learner.remote(config, base)
+            gpus = 0.0 if config.engine.device == "cpu" else launcher.gpus_per_actor
+            self._evaluator = _actor(EvaluatorActor, num_gpus=gpus).remote(config, base, self._verifier)
             threads = launcher.threads_per_worker
-            rollout = _actor(RolloutActor, num_cpus=threads, max_concurrency=4)
+            rollout = _actor(RolloutActor, num_cpus=threads, num_gpus=gpus, max_concurrency=4)
             self._workers = [
                 rollout.remote(config, base, i, threads, self._flow, self._verifier) for i in range(workers)
             ]
@@ -71,8 +74,8 @@ class RayStages:
         self._version = self._get(self._flow.publish.remote(), "the flow")
         return self._version
 
-    def start_evaluation(self, step: int, problems: int) -> None:
-        self._evaluations.append(self._evaluator.evaluate.remote(step, problems, self._learner.weights.remote()))
+    def start_evaluation(self, step: int) -> None:
+        self._evaluations.append(self._evaluator.evaluate.remote(step, self._learner.weights.remote()))
 
     def finished_evaluations(self, wait: bool) -> list[EvaluationResult]:
         finished: list[EvaluationResult] = []

@@ -33,6 +33,7 @@ def launch(config: Config, console: Console) -> tuple[Summary, Path]:
     folder = ensure_model(config.model, console.note)
     base = BaseModel(folder, ensure_tokenizer(config.model, folder))
     check_base(config, base, task)
+    console.note("starting the stages")
     stages = build_stages(config, base)
     try:  # the folder comes last: what fails before leaves none behind
         resumed = find_resume(config.resume, Path(config.runs_dir), config.name)

@@ -40,7 +40,8 @@ class TorchBackend:
         norm = torch.nn.utils.clip_grad_norm_(list(self._params.values()), self._max_grad_norm)
         if not torch.isfinite(norm):
             raise LearnerDivergedError(
-                f"the gradient norm of {type(self.module).__name__} is {float(norm)} at optimizer step {self.step_count}: "
+                f"the gradient norm of {type(self.module).__name__} is {float(norm)} "
+                f"at optimizer step {self.step_count}: "
                 "lower algorithm.policy_lr / algorithm.critic_lr, or look at the last rows of metrics.jsonl"
             )
         self._optimizer.step()

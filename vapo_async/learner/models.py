@@ -64,8 +64,8 @@ def check_log_probs(policy: PreTrainedModel) -> None:
     gap = float((ours[0, 1:] - theirs).abs().max())
     if gap > 1e-2:
         raise ConfigError(
-            f"model {type(policy).__name__} changes its logits after the output embedding (log-probs differ by {gap:.3g}): "
-            "the learner cannot train it; use a model of the Qwen2 or Llama kind"
+            f"model {type(policy).__name__} changes its logits after the output embedding "
+            f"(log-probs differ by {gap:.3g}): the learner cannot train it; use a model of the Qwen2 or Llama kind"
         )
 
 

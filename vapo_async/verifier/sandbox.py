@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
+from vapo_async.config import RunError
 from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, Job, Outcome, encode_job, needs, pack
 from vapo_async.verifier.process import WorkerProcess
 
@@ -21,7 +22,7 @@ _MAX_FAILED_STARTS = 3
 """Workers in a row that end before they are ready; then something is wrong that no restart mends."""
 
 
-class SandboxError(RuntimeError):
+class SandboxError(RunError):
     """No worker can be brought to judge answers: a broken installation or a memory limit that is too low."""
 
 
