@@ -7,20 +7,22 @@ from vapo_async.config import ConfigError, RunError
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 finished, 1 failed, 2 a mistake in what was asked for, 130 interrupted (resume=auto goes on)."""
-    from vapo_async.config_load import help_text, load_config
-    from vapo_async.launcher.preflight import preflight
+    from vapo_async.config_load import help_text
+    from vapo_async.launcher.preflight import configure, preflight
 
     if any(argument in ("-h", "--help") for argument in arguments):
         print(help_text())
         return 0
     try:
-        config = load_config(arguments)
+        config, changes = configure(arguments)
         preflight(config)  # now, because the next line imports torch and takes seconds
         from vapo_async.launcher.run import launch
         from vapo_async.metrics.console import Console
 
         with Console() as console:
-            summary, _ = launch(config, console)
+            for change in changes:
+                console.note(f"changed for the rest of the run: {change}")
+            summary, _ = launch(config, console, arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -28,7 +30,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("left at once, without a checkpoint of the last batches", file=sys.stderr)
+        print("left at once; resume=auto goes on from the run's last checkpoint", file=sys.stderr)
         return 130
     return 130 if summary.status == "interrupted" else 0
 

@@ -1,11 +1,15 @@
 """Checkpoint folders appear whole or not at all."""
 
+import itertools
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from vapo_async.checkpoint import find_resume, list_checkpoints, write_checkpoint
-from vapo_async.config import ConfigError
+from vapo_async.config import ConfigError, RunError
 
 
 def write(folder: Path) -> None:
@@ -26,12 +30,76 @@ def test_a_failure_leaves_the_one_before_intact(tmp_path: Path) -> None:
         write(folder)
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(RunError) as caught:
         write_checkpoint(tmp_path, 2, 1, fail)
-    assert list_checkpoints(tmp_path) == [first]
+    assert str(caught.value) == (
+        f"checkpoint not written ([Errno 28] No space left on device); the last one is {first}"
+    )
+    assert list((tmp_path / "checkpoints").iterdir()) == [first], "the partial folder is gone"
     assert (first / "policy" / "weights").read_text() == "weights"
     write_checkpoint(tmp_path, 2, 1, write)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["step_000002"]
+
+
+def test_a_file_that_the_system_refuses_to_write(tmp_path: Path) -> None:
+    """A real limit of 100 kB per file, a real safetensors file of 400 kB."""
+    script = """
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from vapo_async.checkpoint import write_checkpoint
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+small, large = torch.zeros(100), torch.zeros(100_000)
+for step, tensor in ((1, small), (2, large)):
+    write_checkpoint(Path(sys.argv[1]), step, 1, lambda folder: save_file({"a": tensor}, folder / "a.safetensors"))
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    first = tmp_path / "checkpoints" / "step_000001"
+    last_line = done.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("vapo_async.config.RunError: checkpoint not written (")
+    assert "File too large" in last_line and last_line.endswith(f"the last one is {first}")
+    assert list(first.parent.iterdir()) == [first]
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(RunError, match=r"checkpoint not written \(.*File exists.*the last one is none"):
+        write_checkpoint(tmp_path, 1, 1, write)
+
+
+def test_a_kill_while_deleting_leaves_nothing_that_counts(tmp_path: Path) -> None:
+    """Killed for real before every single deletion that a checkpoint makes; the next one clears up."""
+    script = """
+import os, shutil, signal, sys
+from pathlib import Path
+from vapo_async.checkpoint import write_checkpoint
+run_dir, deletions = Path(sys.argv[1]), int(sys.argv[2])
+def write(folder):
+    for name in "abc":
+        (folder / name).write_text("x")
+write_checkpoint(run_dir, 1, 1, write)
+def hook(event, args):
+    global deletions
+    if event == "os.remove":
+        deletions -= 1
+        if deletions < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+write_checkpoint(run_dir, 2, 1, write)
+"""
+    for deletions in itertools.count():
+        run_dir = tmp_path / str(deletions)
+        done = subprocess.run([sys.executable, "-c", script, str(run_dir), str(deletions)], timeout=120)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL
+        assert list_checkpoints(run_dir)
+        for checkpoint in list_checkpoints(run_dir):
+            assert {path.name for path in checkpoint.iterdir()} == {"a", "b", "c", "complete"}
+        last = write_checkpoint(run_dir, 3, 1, write)
+        assert list((run_dir / "checkpoints").iterdir()) == [last]
+    assert deletions >= 4, "three files and the mark"
 
 
 def test_a_step_written_again_replaces_itself(tmp_path: Path) -> None:

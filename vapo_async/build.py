@@ -39,6 +39,11 @@ def derived_seed(seed: int, name: str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def engine_seed(config: Config, worker: int, published: int = 0) -> int:
+    """Of a rollout worker's sampling; a run resumed at another version draws from another stream."""
+    return derived_seed(config.seed, f"engine/{worker}/{published}")
+
+
 def max_length(config: Config) -> int:
     """Tokens of the longest prompt and response together."""
     return config.task.max_prompt_tokens + config.task.max_response_tokens
@@ -52,7 +57,7 @@ def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
         load_policy(base.model, config.model.dtype),
         tokenizer,
         max_length=max_length(config),
-        seed=derived_seed(config.seed, f"engine/{worker}"),
+        seed=engine_seed(config, worker),
     )
     return Collector(
         engine,

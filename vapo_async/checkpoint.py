@@ -3,9 +3,12 @@
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from vapo_async.config import ConfigError
+from safetensors import SafetensorError
+
+from vapo_async.config import ConfigError, RunError
 
 CHECKPOINTS = "checkpoints"
 COMPLETE = "complete"  # a file in a checkpoint that was written to its end
@@ -15,23 +18,42 @@ def write_checkpoint(run_dir: Path, step: int, keep: int, write: Callable[[Path]
     """Calls ``write`` on a new folder, then renames it to ``checkpoints/step_<step>`` and drops the oldest.
 
     ``step`` counts rollout batches, value pretraining included. A crash at any moment leaves the previous one intact.
+
+    Raises:
+        RunError: the disk is full or cannot be written to; the partial folder is gone and the previous ones are intact.
     """
     root = run_dir / CHECKPOINTS
-    root.mkdir(parents=True, exist_ok=True)
     final, partial = root / f"step_{step:06d}", root / f".step_{step:06d}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    write(partial)
-    (partial / COMPLETE).touch()
-    for path in [*partial.rglob("*"), partial]:
-        _fsync(path)
-    if final.exists():  # the same step again, by a resumed run
-        shutil.rmtree(final)
-    partial.rename(final)
-    _fsync(root)
-    for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        _remove(partial)
+        partial.mkdir()
+        write(partial)
+        (partial / COMPLETE).touch()
+        for path in [*partial.rglob("*"), partial]:
+            _fsync(path)
+        _remove(final)  # the same step again, by a resumed run
+        partial.rename(final)
+        _fsync(root)
+    except (OSError, SafetensorError) as error:
+        # An error of another process ends with the line that counts.
+        reason = (str(error).strip() or type(error).__name__).rpartition("\n")[2]
+        kept = list_checkpoints(run_dir)
+        last = kept[-1] if kept else "none"
+        raise RunError(f"checkpoint not written ({reason}); the last one is {last}") from error
+    finally:
+        _remove(partial)
+    kept = list_checkpoints(run_dir)[-keep:]
+    for leftover in {*root.glob("step_*"), *root.glob(".step_*.partial")} - {*kept}:  # those of killed runs too
+        _remove(leftover)
     return final
+
+
+def _remove(folder: Path) -> None:
+    """Deletes a checkpoint, its mark first: killed half-way, what is left does not count as complete."""
+    with suppress(OSError):  # the next checkpoint tries again
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:

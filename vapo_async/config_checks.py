@@ -28,8 +28,6 @@ from vapo_async.config import (
     VerifierConfig,
 )
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 def check_config(config: Config) -> None:
     """Raises :class:`ConfigError` for the first value that is out of range or contradicts another."""
@@ -77,8 +75,8 @@ def _algorithm(c: AlgorithmConfig) -> None:
     _within("algorithm.lmbda_critic", c.lmbda_critic, 0, 1)
     _within("algorithm.lmbda", c.lmbda, 0, 1)
     _above("algorithm.alpha", c.alpha, 0, "λ = 1 − 1/(alpha·l); algorithm.length_adaptive=false turns it off")
-    hint = "the paper has 0.2; a ratio cannot fall below 0"
-    _require(0 < c.clip_low <= 1, "algorithm.clip_low", c.clip_low, "in (0, 1]", hint)
+    hint = "the paper has 0.2; ratios below 1 − clip_low are clipped, and none is below 0"
+    _require(0 < c.clip_low < 1, "algorithm.clip_low", c.clip_low, "in (0, 1)", hint)
     _above("algorithm.clip_high", c.clip_high, 0, "the paper has 0.28")
     _at_least("algorithm.nll_coef", c.nll_coef, 0, "0 turns the positive-example loss off")
     if c.behaviour_weight_cap is not None:
@@ -125,7 +123,8 @@ def _task(c: TaskConfig) -> None:
 
 
 def _model(c: ModelConfig) -> None:
-    _require(c.dtype in DTYPES, "model.dtype", c.dtype, f"one of {', '.join(DTYPES)}")
+    hint = "the learner keeps no fp32 master weights yet, so small updates would be rounded away"
+    _require(c.dtype == "float32", "model.dtype", c.dtype, "float32", hint)
     match c:
         case EmbeddedModelConfig():
             _at_least("model.num_layers", c.num_layers, 1)
@@ -170,8 +169,8 @@ def _learner(c: LearnerConfig, task: TaskConfig) -> None:
 
 
 def _device(key: str, device: str) -> None:
-    known = re.fullmatch(r"cpu|mps|cuda(:\d+)?", device) is not None
-    _require(known, key, device, "cpu, cuda, cuda:<n> or mps")
+    known = re.fullmatch(r"cpu|cuda(:\d+)?", device) is not None
+    _require(known, key, device, "cpu, cuda or cuda:<n>")
 
 
 def _launcher(c: LauncherConfig) -> None:
@@ -201,7 +200,7 @@ def _buffer(c: BufferConfig) -> None:
 def _verifier(c: VerifierConfig) -> None:
     _at_least("verifier.workers", c.workers, 1)
     _above("verifier.timeout_s", c.timeout_s, 0)
-    _at_least("verifier.memory_mb", c.memory_mb, 256, "the math parser itself needs that much")
+    _at_least("verifier.memory_mb", c.memory_mb, 512, "the math parser itself needs that much")
 
 
 def _evaluation(c: EvaluationConfig, task: TaskConfig) -> None:

@@ -4,8 +4,6 @@
 """
 
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,13 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from vapo_async.build import BaseModel, HeldOut, build_evaluator, build_heldout, build_verifier
 from vapo_async.checkpoint import CHECKPOINTS, list_checkpoints
-from vapo_async.config import GROUPS, Config, ConfigError, FolderModelConfig
-from vapo_async.config_load import default_config_dir, load_config, read_config, save_config, to_dict
-from vapo_async.launcher.run import CONFIG_FILE
+from vapo_async.config import Config, ConfigError, FolderModelConfig
+from vapo_async.config_load import load_config, read_config, to_dict
+from vapo_async.config_saved import CONFIG_FILE, lay_over
 from vapo_async.learner.checkpoint import POLICY_FOLDER
 from vapo_async.metrics.console import format_duration
 from vapo_async.metrics.evaluation import avg_at_k, avg_at_k_stderr, mean_pass_at_k
@@ -27,8 +24,6 @@ from vapo_async.models.load import ensure_model, ensure_tokenizer, load_tokenize
 from vapo_async.prompts.tasks import build_task
 from vapo_async.stages import Scorer
 from vapo_async.verifier.scoring import ScoreRequest
-
-_SAVED = "saved"  # the choice of every group that a run's own configuration becomes
 
 
 def evaluation_config(folder: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
@@ -53,7 +48,8 @@ def evaluation_config(folder: str | None, overrides: Sequence[str]) -> tuple[Con
     if saved is None:
         config = load_config(["model=folder", "model.path=given", *overrides])
     else:
-        config = _laid_over(read_config(saved), overrides)
+        run = read_config(saved)
+        config = lay_over(replace(run, model=FolderModelConfig(dtype=run.model.dtype, path="given")), overrides)
     assert isinstance(config.model, FolderModelConfig)
     return replace(config, model=replace(config.model, path=model)), saved
 
@@ -81,25 +77,6 @@ def _run_config(model: Path) -> Path | None:
         return None
     saved = parts[2] / CONFIG_FILE
     return saved if saved.is_file() else None
-
-
-def _laid_over(config: Config, overrides: Sequence[str]) -> Config:
-    """``overrides`` over a run's configuration, which becomes the default choice of every group."""
-    config = replace(config, model=FolderModelConfig(dtype=config.model.dtype, path="given"))
-    with tempfile.TemporaryDirectory(prefix="vapo-async-config-") as scratch:
-        folder = Path(scratch) / "configs"
-        shutil.copytree(default_config_dir(), folder)
-        root = folder / "config.yaml"
-        save_config(config, root)
-        values = yaml.safe_load(root.read_text(encoding="utf-8"))
-        schemas = values.pop("schemas")
-        for group in GROUPS:
-            section = {"defaults": [f"{schemas[group]}_schema", "_self_"], **values.pop(group)}
-            (folder / group / f"{_SAVED}.yaml").write_text(yaml.safe_dump(section), encoding="utf-8")
-        groups = [{group: _SAVED} for group in GROUPS]
-        values["defaults"] = ["config_schema", *groups, "_self_", {"experiment": None}]
-        root.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return load_config(overrides, folder)
 
 
 @dataclass(frozen=True)

@@ -79,6 +79,11 @@ class Flow:
         """One line: what the learner's next batch waits for."""
         return self._buffer.why_waiting()
 
+    @property
+    def prompts_left_out(self) -> int:
+        """Training problems met so far whose prompt is too long."""
+        return self._stream.left_out
+
     def ticket_counts(self) -> dict[str, int]:
         """charged = committed + refunded + outstanding."""
         return self._buffer.ticket_counts()

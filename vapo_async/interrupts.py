@@ -1,34 +1,23 @@
-"""Ctrl-C and SIGTERM: the first ends the run at the next safe moment, the second leaves at once."""
+"""Ctrl-C and SIGTERM: the first asks the run to end at its next safe moment, the second leaves at once."""
 
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Self
 
-
-class Interrupted(Exception):  # noqa: N818
-    """Raised inside :meth:`Interrupts.raising` by the first signal."""
+_TOLD = b"\nstopping at the next safe moment, with a checkpoint (again to leave at once)\n"
 
 
 class Interrupts:
-    """A context manager; outside :meth:`raising` the first signal only sets :attr:`requested`."""
+    """A context manager. Nothing is raised by the first signal: it would break whatever state was just changing."""
 
     def __init__(self) -> None:
-        self.requested = False
-        self._raise = False
+        self._requested = False
         self._old: dict[int, object] = {}
 
-    @contextmanager
-    def raising(self) -> Iterator[None]:
-        """A wait that the first signal may break."""
-        if self.requested:
-            raise Interrupted
-        self._raise = True
-        try:
-            yield
-        finally:
-            self._raise = False
+    def requested(self) -> bool:
+        """Whether a signal came."""
+        return self._requested
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -40,9 +29,7 @@ class Interrupts:
             signal.signal(number, handler)  # type: ignore[arg-type]
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+        if self._requested:
             raise KeyboardInterrupt
-        self.requested = True
-        if self._raise:
-            self._raise = False
-            raise Interrupted
+        self._requested = True
+        os.write(2, _TOLD)  # the only kind of output that is safe at any moment

@@ -18,72 +18,83 @@ The loop is the same whether the stages share a process (``launcher=inline``) or
 import time
 from pathlib import Path
 
+from vapo_async.buffer import PublicationError
 from vapo_async.checkpoint import list_checkpoints, write_checkpoint
-from vapo_async.config import Config
-from vapo_async.interrupts import Interrupted, Interrupts
+from vapo_async.config import Config, RunError
+from vapo_async.interrupts import Interrupts
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.summary import Summary
 from vapo_async.recorder import Recorder
-from vapo_async.stages import Stages, TakenBatch
+from vapo_async.stages import Stages, Stop
 
 
 def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, resume: bool) -> Summary:
     """Runs value pretraining and ``config.steps`` policy updates; ``resume`` goes on from the run's last checkpoint.
 
     A first Ctrl-C or SIGTERM ends it with a checkpoint; the summary's status is then ``interrupted``.
+
+    Raises:
+        RunError: a stage failed; a checkpoint was tried, and the console says whether there is one.
     """
-    evaluation = config.evaluation
-    total = config.algorithm.value_pretraining_steps + config.steps
     with Interrupts() as interrupts, Recorder(config, run_dir, console) as recorder:
-        saved = -1
         if resume:
             checkpoint = list_checkpoints(run_dir)[-1]
             stages.load(checkpoint)
             recorder.load(checkpoint)
-            saved = recorder.batches
-            recorder.note(f"resumed from {checkpoint}: {recorder.batches} of {total} batches done")
-        elif not recorder.evaluated(0):
+            recorder.note(f"resumed from {checkpoint}: {recorder.batches} of {_total(config)} batches done")
+        if not recorder.evaluated(0):
             stages.start_evaluation(0)
         recorder.start_clock()
-        while recorder.batches < total:
-            start = time.perf_counter()
-            batch = _take(stages, interrupts)
-            waited_s = time.perf_counter() - start
-            if batch is None:
-                break
-            result = stages.learn(batch)
-            stages.publish(result.policy_changed)
-            recorder.batch(batch, result, stages.stats(), waited_s)
-            step = recorder.step
-            if step and evaluation.every and step % evaluation.every == 0 and step < config.steps:
-                stages.start_evaluation(step)
-            for finished in stages.finished_evaluations(wait=False):
-                recorder.evaluation(finished)
-            every = config.checkpoint.every
-            if step and every and step % every == 0 and result.policy_changed:
-                _save(config, stages, recorder, run_dir)
-                saved = recorder.batches
-        interrupted = recorder.batches < total
-        if interrupted:
-            recorder.note("interrupted: writing a checkpoint (again to leave at once)")
-        else:
-            stages.stop_taking()  # generation ends here: what is left of the time belongs to the last evaluation
-        if saved != recorder.batches:
+        try:
+            _batches(config, stages, recorder, run_dir, interrupts.requested)
+        except RunError:
+            _rescue(config, stages, recorder, run_dir)
+            raise
+        interrupted = recorder.batches < _total(config)
+        stages.stop_taking()  # generation ends here: what is left of the time belongs to the last evaluation
+        if recorder.saved_at != recorder.batches:
             _save(config, stages, recorder, run_dir)
         if not interrupted and not recorder.evaluated(recorder.step):
             stages.start_evaluation(recorder.step)
-        for finished in stages.finished_evaluations(wait=True):
-            recorder.evaluation(finished)
+        while stages.evaluations_running and not interrupts.requested():
+            _evaluations(stages, recorder, interrupts.requested)
+        _evaluations(stages, recorder, stop=lambda: True)
         return recorder.finish(stages.stats().tickets, list_checkpoints(run_dir)[-1], interrupted=interrupted)
 
 
-def _take(stages: Stages, interrupts: Interrupts) -> TakenBatch | None:
-    """The next batch; after a signal the one that was already on its way, then None."""
+def _total(config: Config) -> int:
+    return config.algorithm.value_pretraining_steps + config.steps
+
+
+def _batches(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, stop: Stop) -> None:
+    """Take, learn, publish, until all batches are done or ``stop`` says so."""
+    while recorder.batches < _total(config):
+        start = time.perf_counter()
+        batch = stages.take(stop)
+        waited_s = time.perf_counter() - start
+        if batch is None:
+            return
+        result = stages.learn(batch)
+        stages.publish(result.policy_changed)
+        recorder.batch(batch, result, stages.stats(), waited_s)
+        if result.note:
+            recorder.note(result.note)
+        every = config.evaluation.every
+        due = result.policy_changed and every and recorder.step % every == 0 and recorder.step < config.steps
+        if due and not stages.evaluations_running:  # a slow evaluation is not overtaken by a queue of others
+            stages.start_evaluation(recorder.step)
+        _evaluations(stages, recorder, stop=lambda: True)
+        if config.checkpoint.every and recorder.batches % config.checkpoint.every == 0:
+            _save(config, stages, recorder, run_dir)
+
+
+def _evaluations(stages: Stages, recorder: Recorder, stop: Stop) -> None:
+    """Records what has ended. An evaluation that failed costs its number, not the run."""
     try:
-        with interrupts.raising():
-            return stages.take()
-    except Interrupted:
-        return stages.stop_taking()
+        for finished in stages.finished_evaluations(stop):
+            recorder.evaluation(finished)
+    except RunError as error:
+        recorder.note(f"an evaluation failed: {error}")
 
 
 def _save(config: Config, stages: Stages, recorder: Recorder, run_dir: Path) -> None:
@@ -92,3 +103,15 @@ def _save(config: Config, stages: Stages, recorder: Recorder, run_dir: Path) -> 
         recorder.save(folder)
 
     write_checkpoint(run_dir, recorder.batches, config.checkpoint.keep, write)
+    recorder.saved_at = recorder.batches
+
+
+def _rescue(config: Config, stages: Stages, recorder: Recorder, run_dir: Path) -> None:
+    """After a failure: saves what is whole and says which checkpoint there is."""
+    try:
+        if recorder.saved_at != recorder.batches:
+            _save(config, stages, recorder, run_dir)
+    except (RunError, PublicationError) as error:
+        recorder.note(f"no checkpoint of the last batches: {error}")
+    saved = list_checkpoints(run_dir)
+    recorder.note(f"resume=auto goes on from {saved[-1]}" if saved else "the run leaves no checkpoint")

@@ -40,6 +40,8 @@ class Recorder:
         self._wall_before_s = 0.0
         self._generated_before = 0
         self._last = FlowStats(0, 0.0, 1)
+        self.saved_at = -1
+        """Batches that the newest checkpoint holds."""
 
     def __enter__(self) -> Self:
         return self
@@ -95,6 +97,7 @@ class Recorder:
         }
         counters = {f"tickets_{key}": n for key, n in stats.tickets.items()}
         counters |= {f"verifier_{key}": n for key, n in stats.verifier.items()}
+        counters["prompts_left_out"] = stats.prompts_left_out
         self._log.log(step, result.metrics | shown | counters)
         self._show(step, result, shown)
 
@@ -126,6 +129,7 @@ class Recorder:
         state = json.loads((folder / RUN_FILE).read_text())
         self.totals.load_state_dict(state["totals"])
         self._evaluated = state["evaluated"]
+        self.saved_at = self.batches
         self._wall_before_s, self._generated_before = self.totals.wall_s, self.totals.generated_tokens
         self._accuracy = {
             int(row["step"]): (row[names.HELDOUT_ACCURACY], row[names.HELDOUT_STDERR])

@@ -1,6 +1,6 @@
 """What the control loop needs from the stages, whichever processes they live in."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,6 +12,8 @@ from vapo_async.config import RunError
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.schema import RESPONSE_MASK, Score, set_score
 from vapo_async.verifier.scoring import ScoreRequest, TaskVerifier
+
+_SCORED_TOGETHER = 64
 
 
 class StageTimeoutError(RunError):
@@ -51,13 +53,19 @@ class FlowStats:
     tickets: dict[str, int] = field(default_factory=dict)
     verifier: dict[str, int] = field(default_factory=dict)
     """Counters of the verifier: answers scored, time-outs, crashes."""
+    prompts_left_out: int = 0
+    """Training problems met so far whose prompt is longer than ``task.max_prompt_tokens``."""
+
+
+Stop = Callable[[], bool]
+"""Asked again and again during a wait: whether to give up waiting."""
 
 
 class Stages(Protocol):
     """One launcher's way to run the stages. ``take`` → ``learn`` → ``publish``, again and again."""
 
-    def take(self) -> TakenBatch | None:
-        """Waits for the next batch; None once the flow is closed and no batch is left. Interruptible by a signal."""
+    def take(self, stop: Stop) -> TakenBatch | None:
+        """Waits for the next batch. Once ``stop`` says so, what :meth:`stop_taking` returns."""
         ...
 
     def learn(self, batch: TakenBatch) -> UpdateResult:
@@ -69,15 +77,22 @@ class Stages(Protocol):
         ...
 
     def start_evaluation(self, step: int) -> None:
-        """Evaluates the learner's present policy; may go on beside training."""
+        """Evaluates the learner's present policy, beside training. Step 0 is the base and has to be the first."""
         ...
 
-    def finished_evaluations(self, wait: bool) -> list[EvaluationResult]:
-        """Those that ended since the last call, in the order of their start; ``wait`` for all that were started."""
+    @property
+    def evaluations_running(self) -> int: ...
+
+    def finished_evaluations(self, stop: Stop) -> list[EvaluationResult]:
+        """Those that ended since the last call, in the order of their start; waits for the others until ``stop``.
+
+        Raises:
+            RunError: the oldest one failed; it is not running any more.
+        """
         ...
 
     def stop_taking(self) -> TakenBatch | None:
-        """Closes the flow after an interrupted ``take``; returns the batch that it may have been given meanwhile."""
+        """Closes the flow; returns the batch that was on its way already, which has to be learned and published."""
         ...
 
     def stats(self) -> FlowStats: ...
@@ -90,8 +105,8 @@ class Stages(Protocol):
         """The reverse, before the first ``take``; engines get the weights too."""
         ...
 
-    def shutdown(self) -> None:
-        """Ends every process of the stages. May be called twice."""
+    def shutdown(self, logs: Path | None = None) -> None:
+        """Ends every process of the stages; what they wrote is kept in the folder ``logs``. May be called twice."""
         ...
 
 
@@ -128,7 +143,11 @@ def evaluate(evaluator: Evaluator, verifier: Scorer, heldout: HeldOut, *, step: 
         for problem, responses in zip(heldout.problems, sampled, strict=True)
         for text, length in zip(responses.texts, responses.lengths, strict=True)
     ]
-    verdicts = [score.correct for score in verifier.score(requests)]
+    verdicts = [
+        score.correct
+        for start in range(0, len(requests), _SCORED_TOGETHER)  # training's answers get their turn in between
+        for score in verifier.score(requests[start : start + _SCORED_TOGETHER])
+    ]
     lengths = [length for responses in sampled for length in responses.lengths]
     return EvaluationResult(
         step,

@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from vapo_async.buffer import StalenessBudget, choose_batch
+from vapo_async.config import ConfigError
 
 
 @pytest.mark.parametrize(("bound", "lead"), [(0, 1), (2, 3), (2, -1), (-1, 0)])
@@ -89,7 +90,7 @@ def test_state_round_trip_and_its_checks() -> None:
     fresh.load_state_dict(state)
     assert fresh.state_dict() == state
     assert [fresh.charge() for _ in range(3)] == [7, 8, None], "ids go on; one batch, no burst"
-    with pytest.raises(ValueError, match="groups_per_batch=2"):
+    with pytest.raises(ConfigError, match=r"algorithm\.groups_per_batch=2, this run has 4: resume with .*=2"):
         StalenessBudget(4, 4, 1).load_state_dict(state)
     with pytest.raises(ValueError, match="5 != 4"):
         StalenessBudget(2, 4, 1).load_state_dict({**state, "charged": 8})

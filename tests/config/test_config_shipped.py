@@ -1,14 +1,18 @@
 """Every YAML file that we ship composes, fits its schema and passes the checks."""
 
+from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import vapo_async.config
 from vapo_async.config import (
     GROUPS,
     AdvantageKind,
     AnswerStyle,
     ChainSumTaskConfig,
+    Config,
     DatasetTaskConfig,
     EmbeddedModelConfig,
     ImportanceKind,
@@ -20,6 +24,7 @@ from vapo_async.config import (
     TransformersEngineConfig,
     resolved_lead,
 )
+from vapo_async.config_help import field_docs
 from vapo_async.config_load import (
     default_config_dir,
     flatten,
@@ -31,6 +36,7 @@ from vapo_async.config_load import (
 )
 
 FILES = sorted(path.relative_to(default_config_dir()) for path in default_config_dir().rglob("*.yaml"))
+SCHEMAS = [Config, *(s for s in vars(vapo_async.config).values() if is_dataclass(s) and s is not Config)]
 NEEDS = {"model=folder": ["model.path=somewhere"]}  # what a choice leaves to the user
 
 
@@ -107,6 +113,12 @@ def test_config_saved_file_reads_back_equal(overrides: list[str], tmp_path: Path
 def test_config_flatten_names_every_field_once() -> None:
     flat = flatten(load_config([]))
     assert flat["algorithm.alpha"] == 1.5 and flat["algorithm.importance"] == "decoupled" and flat["seed"] == 0
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_config_every_field_is_explained(schema: type[Any]) -> None:
+    assert [name for name, doc in field_docs(schema).items() if not doc] == []
+    assert schema.__doc__ and not schema.__doc__.startswith(f"{schema.__name__}("), "dataclass writes one otherwise"
 
 
 def test_config_help_names_every_group_choice_and_field() -> None:

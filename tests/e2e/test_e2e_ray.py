@@ -3,52 +3,25 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import REPOSITORY, tiny_overrides
+from running import command, newest_run, start, wait_for
 
 pytestmark = pytest.mark.ray
 
-SCRIPT = REPOSITORY / "scripts" / "train_async.py"
-
-
-def command(base_folder: Path, runs_dir: Path, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        str(SCRIPT),
-        *tiny_overrides(base_folder, runs_dir),
-        "launcher=ray",
-        "buffer.max_staleness=2",
-        *more,
-    ]
-
-
-def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        arguments, stdout=log.open("w"), stderr=subprocess.STDOUT, text=True, start_new_session=True
-    )
-
-
-def wait_for(log: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
-    deadline = time.monotonic() + timeout_s
-    while text not in log.read_text():
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
-
-
-def newest_run(runs_dir: Path) -> Path:
-    return sorted((runs_dir / "tiny").iterdir())[-1]
+RAY = ("launcher=ray", "buffer.max_staleness=2")
 
 
 def test_a_run_over_ray_keeps_the_bound_and_balances(base_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(command(base_folder, tmp_path, "steps=12", "launcher.rollout_workers=2"), log)
+    process = start(command(base_folder, tmp_path, *RAY, "steps=12", "launcher.rollout_workers=2"), log)
+    wait_for(log, "run folder", process)
+    for child in psutil.Process(process.pid).children(recursive=True):
+        for connection in child.net_connections("inet"):
+            if connection.status == psutil.CONN_LISTEN:
+                assert connection.laddr.ip in ("127.0.0.1", "::1"), f"{child.name()} listens on {connection.laddr}"
     assert process.wait(timeout=200) == 0, log.read_text()
     run_dir = newest_run(tmp_path)
     summary = json.loads((run_dir / "summary.json").read_text())
@@ -67,7 +40,7 @@ def test_a_run_over_ray_keeps_the_bound_and_balances(base_folder: Path, tmp_path
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(base_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(command(base_folder, tmp_path, "steps=400"), log)
+    process = start(command(base_folder, tmp_path, *RAY, "steps=400"), log)
     wait_for(log, "policy 3/400", process)
     os.killpg(process.pid, signal.SIGINT)  # what a terminal sends: to every process of the group
     assert process.wait(timeout=100) == 130, log.read_text()
@@ -78,7 +51,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(base_folder: Path, tmp_pa
     assert "Traceback" not in log.read_text()
     steps = summary["versions"] + 2  # one batch is pretraining: three more policy updates
     again = tmp_path / "again"
-    process = start(command(base_folder, tmp_path, f"steps={steps}", "resume=auto"), again)
+    process = start(command(base_folder, tmp_path, *RAY, f"steps={steps}", "resume=auto"), again)
     assert process.wait(timeout=200) == 0, again.read_text()
     assert newest_run(tmp_path) == run_dir
     resumed = json.loads((run_dir / "summary.json").read_text())
@@ -93,7 +66,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_goes_on(base_folder: Path, tmp_pa
 
 def test_a_killed_rollout_worker_ends_the_run_with_one_line(base_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
-    process = start(command(base_folder, tmp_path, "steps=400"), log)
+    process = start(command(base_folder, tmp_path, *RAY, "steps=400"), log)
     wait_for(log, "policy 2/400", process)
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in family if "RolloutActor" in " ".join(child.cmdline())]
@@ -103,6 +76,9 @@ def test_a_killed_rollout_worker_ends_the_run_with_one_line(base_folder: Path, t
     last = log.read_text().strip().splitlines()[-1]
     assert last.startswith("error: the run waited for rollout worker 0"), last
     assert "whose process died" in last
+    run_dir = newest_run(tmp_path)
+    assert any((run_dir / "logs").iterdir())
+    assert f"resume=auto goes on from {run_dir}" in log.read_text(), "what the learner knew was saved"
     assert "Traceback" not in log.read_text()
     _, alive = psutil.wait_procs(family, timeout=20)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], alive

@@ -11,6 +11,7 @@ from vapo_async.build import (
     BaseModel,
     build_learner,
     derived_seed,
+    engine_seed,
     max_length,
 )
 from vapo_async.collector.engine import GenerationRequest
@@ -39,7 +40,7 @@ def synchronous_weights(config: Config) -> dict[str, torch.Tensor]:
         max_length=max_length(config),
         temperature=config.engine.temperature,
         kv_cache_on_update=KVCacheOnUpdate.recompute,
-        seed=derived_seed(config.seed, "engine/0"),
+        seed=engine_seed(config, 0),
     )
     learner = build_learner(config, BaseModel(folder, folder))
     prompts = PromptStream(

@@ -1,23 +1,26 @@
 """The learner against the engine, against itself under other cuts, and through a checkpoint."""
 
 import dataclasses
+import resource
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_policy
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tensordict import TensorDict
 from transformers import PreTrainedTokenizerBase
 
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import AdvantageKind, AlgorithmConfig, ConfigError, ImportanceKind, TorchLearnerConfig
-from vapo_async.learner.backend_torch import LearnerDivergedError
+from vapo_async.learner.backend_torch import LearnerDivergedError, TorchBackend
 from vapo_async.learner.checkpoint import load_learner, save_learner
-from vapo_async.learner.learner import Learner
+from vapo_async.learner.learner import Learner, pretraining_note
 from vapo_async.learner.models import Critic, check_log_probs, policy_log_probs
-from vapo_async.learner.packing import microbatches
+from vapo_async.learner.packing import microbatches, minibatches
 from vapo_async.schema import FinishReason, Problem, Prompt, Response, Score, Ticket, make_trajectory, set_score
 from vapo_async.weights.mailbox import Mailbox, published_tensors
 
@@ -33,10 +36,18 @@ ALGORITHM = AlgorithmConfig(
 )
 
 
-def make_learner(algorithm: AlgorithmConfig = ALGORITHM, max_tokens: int = 16_384, seed: int = 0) -> Learner:
-    policy = tiny_policy(VOCAB)
+def make_learner(
+    algorithm: AlgorithmConfig = ALGORITHM,
+    max_tokens: int = 16_384,
+    seed: int = 0,
+    *,
+    vocab: int = VOCAB,
+    tied: bool = True,
+    device: str = "cpu",
+) -> Learner:
+    policy = tiny_policy(vocab, tied=tied)
     critic = Critic.from_policy(policy) if algorithm.advantage is AdvantageKind.gae else None
-    config = TorchLearnerConfig(max_tokens_per_microbatch=max_tokens)
+    config = TorchLearnerConfig(max_tokens_per_microbatch=max_tokens, device=device)
     return Learner(algorithm, config, policy, critic, temperature=1.0, seed=seed)
 
 
@@ -135,8 +146,10 @@ def test_value_pretraining_trains_the_critic_alone() -> None:
     assert (result.policy_steps, result.critic_steps) == (0, 3)
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("0/"))
     assert any(not torch.equal(before[name], after[name]) for name in before if name.startswith("1/"))
-    learner.update(make_batch(1), 1)
-    assert learner.update(make_batch(2), 2).policy_changed
+    assert learner.update(make_batch(1), 1).note is not None, "the last batch of value pretraining"
+    later = learner.update(make_batch(2), 2)
+    assert later.policy_changed and result.note is later.note is None
+    assert len(learner.pretraining_variances) == 2
 
 
 def test_the_critic_learns_and_its_explained_variance_rises() -> None:
@@ -149,6 +162,23 @@ def test_the_critic_learns_and_its_explained_variance_rises() -> None:
     variances = [learner.update(batch, 0).metrics["explained_variance"] for _ in range(60)]
     assert abs(variances[0]) < 1e-6, "a zero head explains nothing"
     assert variances[-1] > 0.8
+
+
+@pytest.mark.parametrize(
+    ("variances", "note"),
+    [
+        ([0.0, 0.04, 0.2, 0.9, 0.5, 0.1, 0.3, 0.32], "explained variance rose from 0.02 to 0.31"),
+        (
+            [0.02, 0.9, 0.9, 0.01],
+            "explained variance has not risen (0.02 → 0.01): raise algorithm.value_pretraining_steps",
+        ),
+        ([-0.001, 0.004], "explained variance has not risen (0.00 → 0.00)"),
+        ([0.3], "explained variance has not risen (0.30 → 0.30)"),
+        ([0.1, float("nan")], "explained variance has not risen (0.10 → nan)"),
+    ],
+)
+def test_what_value_pretraining_says_at_its_end(variances: list[float], note: str) -> None:
+    assert pretraining_note(variances).startswith(f"value pretraining: {note}")
 
 
 def test_the_policy_moves_towards_what_is_rewarded() -> None:
@@ -213,6 +243,116 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path, tokenizer: PreT
         load_learner(make_learner(algorithm), tmp_path)
 
 
+@pytest.mark.parametrize("limit", [100, 500, 2000, 20_000])
+def test_a_full_disk_is_an_os_error_whoever_writes(
+    limit: int, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """A real limit on every file's size: it hits JSON, the tokenizer's own writer and safetensors in turn."""
+    learner = make_learner()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises((OSError, SafetensorError), match="File too large"):
+            save_learner(learner, tokenizer, tmp_path)
+        with pytest.raises((OSError, SafetensorError), match="File too large"):
+            learner.policy.save_pretrained = lambda folder: None  # the tokenizer's turn
+            save_learner(learner, tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_value_pretraining_goes_on_in_a_resumed_run(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Its explained variances too, and the policy's optimizer that has not stepped yet."""
+    algorithm = dataclasses.replace(ALGORITHM, value_pretraining_steps=2)
+    learner, other = make_learner(algorithm), make_learner(algorithm, seed=99)
+    learner.update(make_batch(0), 0)
+    save_learner(learner, tokenizer, tmp_path)
+    load_learner(other, tmp_path)
+    assert learner.update(make_batch(1), 1) == other.update(make_batch(1), 1)
+    assert len(other.pretraining_variances) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_of_other_sizes_is_refused(tied: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    learner = make_learner()
+    learner.update(make_batch(), 0)
+    save_learner(learner, tokenizer, tmp_path)
+    before = weights(other := make_learner(vocab=VOCAB + 2, tied=tied))
+    with pytest.raises(ConfigError) as caught:
+        load_learner(other, tmp_path)
+    assert str(caught.value) == (
+        "the checkpoint's policy does not fit: model.embed_tokens.weight is [18, 64], expected [20, 64]: "
+        "resume with the run's own model"
+    )
+    assert all(torch.equal(before[name], weight) for name, weight in weights(other).items()), "nothing was loaded"
+
+
+def test_an_untied_head_that_the_checkpoint_lacks_is_refused(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    save_learner(make_learner(), tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight is missing, expected \[18, 64\]"):
+        load_learner(make_learner(tied=False), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "message"),
+    [
+        ("critic", "value_head.weight", r"critic does not fit: value_head\.weight is \[3\], expected \[1, 64\]"),
+        ("critic", "more", r"critic does not fit: more is \[3\], expected missing"),
+        (
+            "policy_optimizer",
+            "model.norm.weight/exp_avg_sq",
+            r"optimizer of Qwen2ForCausalLM .* \[3\], expected \[64\]",
+        ),
+        ("critic_optimizer", "value_head.bias/step", r"optimizer of Critic .* is \[3\], expected \[\]"),
+        ("critic_optimizer", "more/exp_avg", r"optimizer of Critic .* more/exp_avg is \[3\], expected missing"),
+    ],
+)
+def test_a_tensor_of_another_shape_is_refused(
+    file: str, name: str, message: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    learner = make_learner()
+    learner.update(make_batch(), 0)
+    save_learner(learner, tokenizer, tmp_path)
+    path = tmp_path / f"{file}.safetensors"
+    save_file({**load_file(path), name: torch.zeros(3)}, path)
+    with pytest.raises(ConfigError, match=message):
+        load_learner(make_learner(), tmp_path)
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moments_go_to_their_parameters_device(device: str) -> None:
+    """Loaded from a file they are on the CPU; the step count stays there."""
+
+    def backend(where: str) -> TorchBackend:
+        module = torch.nn.Linear(3, 2, device=where)
+        return TorchBackend(module, lr=0.1, warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0)
+
+    one, other = backend("cpu"), backend(device)
+    one.module(torch.ones(1, 3)).sum().backward()
+    one.step()
+    other.load_optimizer_tensors(one.optimizer_tensors(), 1)
+    for key, value in other.optimizer_tensors().items():
+        assert value.device.type == ("cpu" if key.endswith("/step") else device), key
+    if device == "cuda":
+        other.module(torch.ones(1, 3, device=device)).sum().backward()
+        other.step()
+        assert other.step_count == 2
+
+
+@pytest.mark.gpu
+def test_a_checkpoint_goes_on_bit_for_bit_on_a_gpu(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    learner = make_learner(device="cuda")
+    learner.update(make_batch(0), 0)
+    save_learner(learner, tokenizer, tmp_path)
+    load_learner(other := make_learner(device="cuda", seed=99), tmp_path)
+    learner.update(make_batch(1), 1)
+    other.update(make_batch(1), 1)
+    a, b = weights(learner), weights(other)
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_gradient_that_is_not_finite_stops_before_it_does_harm() -> None:
     learner = make_learner()
     before = weights(learner)
@@ -222,6 +362,24 @@ def test_a_gradient_that_is_not_finite_stops_before_it_does_harm() -> None:
         learner.update(batch, 0)
     after = weights(learner)
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(("rows", "count"), [(9, 4), (12, 3), (7, 7), (5, 2), (64, 4), (256, 255), (2, 3)])
+def test_mini_batches_are_as_many_and_as_equal_as_they_can_be(rows: int, count: int) -> None:
+    order = torch.randperm(rows).tolist()
+    parts = minibatches(order, count)
+    assert len(parts) == min(rows, count)
+    assert [row for part in parts for row in part] == order
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    if rows % count == 0:
+        size = rows // count
+        assert parts == [order[start : start + size] for start in range(0, rows, size)]
+
+
+def test_as_many_steps_as_mini_batches_where_the_batch_does_not_divide() -> None:
+    learner = make_learner(dataclasses.replace(ALGORITHM, minibatches=4, epochs=2))
+    result = learner.update(make_batch(groups=3, size=3), 0)
+    assert (result.policy_steps, result.critic_steps) == (8, 8)
 
 
 @pytest.mark.parametrize("lengths", [[5, 3, 9, 1, 1, 7], [100], [1] * 50, [30, 2, 2, 2]])

@@ -11,7 +11,7 @@ import torch
 from vapo_async.config import ConfigError, EmbeddedModelConfig, FolderModelConfig, ModelConfig, SmolLM2ModelConfig
 from vapo_async.models import smollm2
 from vapo_async.models.char_tokenizer import build_char_tokenizer
-from vapo_async.models.load import ensure_model, ensure_tokenizer, load_policy, load_tokenizer
+from vapo_async.models.load import check_device, ensure_model, ensure_tokenizer, load_policy, load_tokenizer
 from vapo_async.models.pretrain import new_model
 
 
@@ -36,6 +36,13 @@ def test_a_folder_is_loaded(folder: Path) -> None:
     assert model.config._attn_implementation == "sdpa"
     assert load_policy(folder, "bfloat16").dtype == torch.bfloat16
     assert load_tokenizer(folder).eos_token == "$"
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    check_device("engine.device", "cpu")
+    beyond = f"cuda:{torch.cuda.device_count()}"
+    with pytest.raises(ConfigError, match=rf"engine\.device={beyond}: torch .* sees .*; set engine\.device=cpu"):
+        check_device("engine.device", beyond)
 
 
 def test_a_tokenizer_of_its_own(folder: Path, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vapo_async.config import ConfigError
+
 
 def in_time(position: int, version: int, groups_per_batch: int, max_staleness: int, published: int) -> bool:
     """After the next take: is a ticket admitted at ``version`` young enough when served in order from ``position``?"""
@@ -122,14 +124,15 @@ class StalenessBudget:
         }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Raises ``ValueError`` if B differs, or if the state holds tickets beyond the trained ``published * B``.
+        """Raises ``ConfigError`` if B differs, ``ValueError`` if ``charged - refunded`` is not ``published * B``.
 
-        Those would never be served: their owners are gone. Too few would let a burst of tickets follow.
+        Tickets beyond that would never be served: their owners are gone. Too few would let a burst of tickets follow.
         """
-        if state["groups_per_batch"] != self.groups_per_batch:
-            raise ValueError(
-                f"the checkpoint was written with groups_per_batch={state['groups_per_batch']}, this run has "
-                f"{self.groups_per_batch}: resume with the same value"
+        found, expected = state["groups_per_batch"], self.groups_per_batch
+        if found != expected:
+            raise ConfigError(
+                f"the checkpoint was written with algorithm.groups_per_batch={found}, this run has {expected}: "
+                f"resume with algorithm.groups_per_batch={found}"
             )
         held, trained = state["charged"] - state["refunded"], state["published"] * self.groups_per_batch
         if held != trained:

@@ -234,7 +234,8 @@ class RolloutBuffer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores the counters; the next ticket id follows the last one. For a buffer that has given no ticket.
 
-        Raises ``ValueError`` if B differs or the counters do not balance, ``TicketError`` if tickets were given.
+        Raises ``ConfigError`` if B differs, ``ValueError`` if the counters do not balance, ``TicketError`` if tickets
+        were given.
         """
         if self._budget.charged:
             raise TicketError(f"load_state_dict() after {self._budget.charged} tickets were given: load first")

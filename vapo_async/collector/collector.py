@@ -89,6 +89,10 @@ class Collector:
                 finished.append(self._finish(running))
         return finished
 
+    def seed(self, seed: int) -> None:
+        """Starts the engine's sampling generator anew."""
+        self._engine.seed(seed)
+
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Swaps the weights under the responses in flight."""
         self._engine.load_weights(version, tensors)

@@ -164,13 +164,6 @@ class TransformersEngine:
         empty = [Response(s.sample_index, [], [], [], FinishReason.ABORTED) for s in waiting]
         return completions + [Completion(request_id, response) for response in empty]
 
-    def rng_state(self) -> Tensor:
-        """State of the sampling generator (uint8)."""
-        return self._generator.get_state()
-
-    def set_rng_state(self, state: Tensor) -> None:
-        self._generator.set_state(state)
-
     def _decode(self, positions: Tensor) -> Tensor:
         """Logits [n, V] after the newest token of every slot in flight."""
         n = len(positions)

@@ -19,6 +19,7 @@ from vapo_async.build import (
     build_heldout,
     build_learner,
     build_verifier,
+    engine_seed,
 )
 from vapo_async.config import Config
 from vapo_async.learner.checkpoint import load_learner, save_learner
@@ -28,6 +29,7 @@ from vapo_async.prompts.tasks import build_task
 from vapo_async.stages import (
     EvaluationResult,
     FlowStats,
+    Stop,
     TakenBatch,
     evaluate,
     score_requests,
@@ -57,13 +59,13 @@ class InlineStages:
         self._evaluations: list[EvaluationResult] = []
         self._generation_wait_s = 0.0
 
-    def take(self) -> TakenBatch | None:
+    def take(self, stop: Stop) -> TakenBatch | None:
         while (batch := self.flow.take()) is None:
+            if stop():
+                return self.stop_taking()
             for assignment in self.flow.admit(self._config.algorithm.groups_per_batch):
                 self.collector.start(assignment.ticket, assignment.prompt)
             if not self.collector.busy:
-                if self.flow.closed:
-                    return None
                 raise RuntimeError(f"nothing to generate and no batch: {self.flow.why_waiting()}")
             for finished in self.collector.step():
                 write_scores(finished, self._verifier.score(score_requests(finished)))
@@ -83,7 +85,8 @@ class InlineStages:
         return self.flow.publish()
 
     def start_evaluation(self, step: int) -> None:
-        self._evaluator.load_weights(step, published_tensors(self.learner.policy))
+        if step:
+            self._evaluator.load_weights(step, published_tensors(self.learner.policy))
         self._evaluations.append(
             evaluate(
                 self._evaluator,
@@ -94,7 +97,11 @@ class InlineStages:
             )
         )
 
-    def finished_evaluations(self, wait: bool) -> list[EvaluationResult]:
+    @property
+    def evaluations_running(self) -> int:
+        return 0
+
+    def finished_evaluations(self, stop: Stop) -> list[EvaluationResult]:
         finished, self._evaluations = self._evaluations, []
         return finished
 
@@ -109,6 +116,7 @@ class InlineStages:
             workers=1,
             tickets=self.flow.ticket_counts(),
             verifier=verifier_counters(self._verifier),
+            prompts_left_out=self.flow.prompts_left_out,
         )
 
     def save(self, folder: Path) -> None:
@@ -118,10 +126,11 @@ class InlineStages:
     def load(self, folder: Path) -> None:
         load_learner(self.learner, folder)
         self.flow.load_state_dict(json.loads((folder / FLOW_FILE).read_text()))
+        self.collector.seed(engine_seed(self._config, 0, self.flow.published))
         self._mailbox.publish(self.flow.published, published_tensors(self.learner.policy))
         self._pull_weights()
 
-    def shutdown(self) -> None:
+    def shutdown(self, logs: Path | None = None) -> None:
         self._verifier.close()
 
     def _pull_weights(self) -> None:

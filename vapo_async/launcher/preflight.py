@@ -2,15 +2,31 @@
 
 import os
 import socket
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
 from vapo_async.checkpoint import find_resume
 from vapo_async.config import Config, ConfigError, RayLauncherConfig
+from vapo_async.config_load import load_config
+from vapo_async.config_saved import resumed_config
 
 LOOPBACK = "127.0.0.1"
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and an empty SETTINGS frame
+_WHERE = ("resume", "runs_dir", "name", "experiment")
 START_RAY = "start one there with `ray start --head`, or unset it to get a local Ray"
+
+
+def configure(overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """The run's configuration, and what ``overrides`` change in that of a run that goes on (none for a new one).
+
+    A resumed run keeps its own settings; ``experiment=`` only helps to find it.
+    """
+    where = load_config([o for o in overrides if o.partition("=")[0] in _WHERE])
+    resumed = find_resume(where.resume, Path(where.runs_dir), where.name)
+    if resumed is None:
+        return load_config(overrides), []
+    return resumed_config(resumed, [o for o in overrides if not o.startswith("experiment=")])
 
 
 def preflight(config: Config) -> None:
@@ -19,8 +35,10 @@ def preflight(config: Config) -> None:
     Raises:
         ConfigError: something that the user can mend.
     """
-    find_resume(config.resume, Path(config.runs_dir), config.name)
+    resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
     check_writable(Path(config.runs_dir))
+    if resumed is not None and not os.access(resumed, os.W_OK | os.X_OK):
+        raise ConfigError(f"resume={config.resume}: no permission to write in {resumed}; copy the run and resume that")
     if isinstance(config.launcher, RayLauncherConfig):
         check_ray(config.launcher)
 

@@ -92,8 +92,9 @@ class FlowActor:
     async def why_waiting(self) -> str:
         return self._flow.why_waiting()
 
-    async def ticket_counts(self) -> dict[str, int]:
-        return self._flow.ticket_counts()
+    async def counters(self) -> tuple[dict[str, int], int]:
+        """Tickets; prompts that were too long."""
+        return self._flow.ticket_counts(), self._flow.prompts_left_out
 
     async def save(self, folder: Path) -> None:
         (folder / FLOW_FILE).write_text(json.dumps(self._flow.state_dict(), indent=1))
@@ -134,7 +135,7 @@ class RolloutActor:
         torch.set_num_threads(threads)
         self._collector = build_collector(config, base, worker)
         self._flow, self._verifier = flow, verifier
-        self._most = config.algorithm.groups_per_batch
+        self._group_size = config.algorithm.group_size
         self._mailbox = Mailbox()
         self._inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
         self._stats_lock = threading.Lock()
@@ -148,6 +149,11 @@ class RolloutActor:
         self._mailbox.publish(version, tensors)
         self._inbox.put(("wake", None))
 
+    def resume(self, version: int, tensors: Mapping[str, Tensor], seed: int) -> None:
+        """Before ``run``: weights and a sampling stream of a resumed run."""
+        self._collector.seed(seed)
+        self._mailbox.publish(version, tensors)
+
     def stats(self) -> tuple[int, float]:
         """Tokens generated; seconds without anything to generate."""
         with self._stats_lock:
@@ -157,8 +163,10 @@ class RolloutActor:
         """Generates until the flow is closed. Raises what a stage that it talks to raised."""
         asked = False
         while True:
-            if not asked and self._collector.unfinished_responses < self._collector.capacity:
-                self._request(("assignments", None), self._flow.admit.remote(self._most))
+            free = self._collector.capacity - self._collector.unfinished_responses
+            if not asked and free > 0:
+                most = -(-free // self._group_size)  # the rest is for other workers
+                self._request(("assignments", None), self._flow.admit.remote(most))
                 asked = True
             while (message := self._next_message()) is not None:
                 kind, payload = message
@@ -264,7 +272,9 @@ class EvaluatorActor:
     def ping(self) -> None:
         """Returns once the actor is up."""
 
-    def evaluate(self, step: int, tensors: Mapping[str, Tensor]) -> EvaluationResult:
-        self._evaluator.load_weights(step, tensors)
+    def evaluate(self, step: int, tensors: Mapping[str, Tensor] | None) -> EvaluationResult:
+        """``tensors=None``: the base, which the engine starts with."""
+        if tensors is not None:
+            self._evaluator.load_weights(step, tensors)
         samples = self._config.evaluation.samples
         return evaluate(self._evaluator, self._verifier, self._heldout, step=step, samples=samples)

@@ -2,12 +2,38 @@
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import ray
 from ray._private import ray_constants
 
 from vapo_async.config import ConfigError, RayLauncherConfig
 from vapo_async.launcher.preflight import LOOPBACK, START_RAY, check_ray, ray_address, ray_address_source
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What Ray reserves for one actor."""
+
+    num_cpus: int = 0
+    num_gpus: float = 0.0
+
+    @classmethod
+    def of(cls, threads: int, device: str, config: RayLauncherConfig) -> "Resources":
+        """A CPU for each thread; ``launcher.gpus_per_actor`` where the device is not the CPU."""
+        return cls(threads, 0.0 if device == "cpu" else config.gpus_per_actor)
+
+
+def check_resources(needed: Sequence[Resources]) -> None:
+    """Raises ``ConfigError`` if the cluster that was joined or started is too small."""
+    have = ray.cluster_resources()
+    for kind, wanted in (("CPU", sum(r.num_cpus for r in needed)), ("GPU", sum(r.num_gpus for r in needed))):
+        if wanted > have.get(kind, 0):
+            raise ConfigError(
+                f"the run needs {wanted:g} {kind}s, the Ray cluster has {have.get(kind, 0):g}: lower "
+                "launcher.rollout_workers, launcher.gpus_per_actor or the threads, or give the cluster more"
+            )
 
 
 def start_ray(config: RayLauncherConfig, cpus: int) -> bool:

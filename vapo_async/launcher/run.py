@@ -2,12 +2,14 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from vapo_async.build import BaseModel, build_heldout
 from vapo_async.checkpoint import find_resume
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
 from vapo_async.config_load import save_config
+from vapo_async.config_saved import CONFIG_FILE
 from vapo_async.launcher.inline import InlineStages
 from vapo_async.launcher.preflight import preflight, unwritable
 from vapo_async.metrics.console import Console
@@ -18,10 +20,8 @@ from vapo_async.pipeline import train
 from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.stages import Stages
 
-CONFIG_FILE = "config.yaml"
 
-
-def launch(config: Config, console: Console) -> tuple[Summary, Path]:
+def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> tuple[Summary, Path]:
     """Trains; returns the summary and the run's folder.
 
     Raises:
@@ -33,17 +33,20 @@ def launch(config: Config, console: Console) -> tuple[Summary, Path]:
     folder = ensure_model(config.model, console.note)
     base = BaseModel(folder, ensure_tokenizer(config.model, folder))
     check_base(config, base, task)
+    if task.overlap_removed:
+        console.note(f"left out {task.overlap_removed} training problems that are held-out ones too")
     console.note("starting the stages")
     stages = build_stages(config, base)
+    logs = None
     try:  # the folder comes last: what fails before leaves none behind
         resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
         run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
-        if resumed is None:
-            save_config(config, run_dir / CONFIG_FILE)
+        save_config(config, run_dir / CONFIG_FILE, overrides)
+        logs = run_dir / "logs"
         console.note(f"run folder: {run_dir}")
         return train(config, stages, run_dir, console, resume=resumed is not None), run_dir
     finally:
-        stages.shutdown()
+        stages.shutdown(logs)
 
 
 def check_base(config: Config, base: BaseModel, task: Task) -> None:

@@ -6,6 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from vapo_async.config import RunError
+from vapo_async.learner.tensors import check_tensors
+
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps for a parameter."""
 
 
 class LearnerDivergedError(RunError):
@@ -58,9 +62,23 @@ class TorchBackend:
         }
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor], step_count: int) -> None:
-        """The reverse of :meth:`optimizer_tensors`."""
-        for name, p in self._params.items():
-            state = {k.rsplit("/", 1)[1]: v.clone() for k, v in tensors.items() if k.rsplit("/", 1)[0] == name}
-            if state:
-                self._optimizer.state[p] = state
+        """The reverse of :meth:`optimizer_tensors`; moments go to their parameter's device.
+
+        Raises:
+            ConfigError: names or shapes are not those of this module's parameters.
+        """
+        stepped = {key.rpartition("/")[0] for key in tensors}  # a parameter that never had a gradient has no state
+        expected = {
+            f"{name}/{key}": torch.Size() if key == "step" else p.shape
+            for name, p in self._params.items()
+            if name in stepped
+            for key in MOMENTS
+        }
+        check_tensors(f"optimizer of {type(self.module).__name__}", tensors, expected)
+        state = {
+            i: {key: tensors[f"{name}/{key}"].clone() for key in MOMENTS}
+            for i, name in enumerate(self._params)
+            if name in stepped
+        }
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})  # torch moves them
         self.step_count = step_count

@@ -12,7 +12,7 @@ from vapo_async.config import AdvantageKind, AlgorithmConfig, ImportanceKind, To
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.batch import LearnerBatch
 from vapo_async.learner.models import Critic, policy_log_probs
-from vapo_async.learner.packing import microbatches
+from vapo_async.learner.packing import microbatches, minibatches
 from vapo_async.objectives.advantage import (
     explained_variance,
     generalized_advantage,
@@ -34,13 +34,18 @@ from vapo_async.objectives.losses import (
 
 @dataclass(frozen=True)
 class UpdateResult:
-    """What one batch did. ``tokens`` are the response tokens trained on; ``policy_changed`` is False in pretraining."""
+    """What one batch did.
+
+    ``tokens`` are the response tokens trained on; ``policy_changed`` is False in pretraining; ``note`` is a line for
+    the user, set by the last batch of value pretraining.
+    """
 
     metrics: dict[str, float]
     tokens: int
     policy_steps: int
     critic_steps: int
     policy_changed: bool
+    note: str | None = None
 
 
 class Learner:
@@ -75,6 +80,8 @@ class Learner:
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = 0
         """Batches learned from so far, value pretraining included."""
+        self.pretraining_variances: list[float] = []
+        """Explained variance of each batch of value pretraining so far, before the critic learned from it."""
 
     @property
     def in_value_pretraining(self) -> bool:
@@ -93,15 +100,16 @@ class Learner:
         self._estimate_advantages(batch, pretraining)
         if self.critic is not None:
             metrics["explained_variance"] = float(explained_variance(batch.state_value, batch.value_target, batch.mask))
+            if pretraining:
+                self.pretraining_variances.append(metrics["explained_variance"])
         before = self.policy_backend.step_count, self._critic_steps()
         history: list[dict[str, float]] = []
-        size = -(-len(batch) // self._algorithm.minibatches)
         for _ in range(self._algorithm.epochs):
             order = torch.randperm(len(batch), generator=self.generator).tolist()
-            for start in range(0, len(batch), size):
-                rows = sorted(order[start : start + size])
-                history.append(self._minibatch(batch, rows, pretraining))
+            for rows in minibatches(order, self._algorithm.minibatches):
+                history.append(self._minibatch(batch, sorted(rows), pretraining))
         self.batches += 1
+        pretraining_ends = pretraining and not self.in_value_pretraining
         for key in history[-1]:
             metrics[key] = sum(h[key] for h in history) / len(history)
         return UpdateResult(
@@ -110,6 +118,7 @@ class Learner:
             policy_steps=self.policy_backend.step_count - before[0],
             critic_steps=self._critic_steps() - before[1],
             policy_changed=not pretraining,
+            note=pretraining_note(self.pretraining_variances) if pretraining_ends else None,
         )
 
     def _critic_steps(self) -> int:
@@ -215,6 +224,21 @@ class Learner:
         return policy_log_probs(
             self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._config.logprob_chunk_tokens
         )
+
+
+def pretraining_note(variances: Sequence[float]) -> str:
+    """Whether explained variance rose, by 0.01 or so at least, from the first quarter of the batches to the last.
+
+    Policy training on a critic that explains nothing is noise (METHODS §1, technique 1).
+    """
+    quarter = max(1, len(variances) // 4)
+    first, last = (round(sum(part) / quarter, 2) + 0.0 for part in (variances[:quarter], variances[-quarter:]))
+    if last > first:
+        return f"value pretraining: explained variance rose from {first:.2f} to {last:.2f}"
+    return (
+        f"value pretraining: explained variance has not risen ({first:.2f} → {last:.2f}): "
+        "raise algorithm.value_pretraining_steps or algorithm.critic_lr"
+    )
 
 
 def _backend(module: nn.Module, lr: float, algorithm: AlgorithmConfig) -> TorchBackend:

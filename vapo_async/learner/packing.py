@@ -1,6 +1,18 @@
-"""Cuts rows into micro-batches under a budget of padded tokens."""
+"""Cuts a batch's rows into mini-batches of like size, and those into micro-batches under a budget of padded tokens."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+
+
+def minibatches(order: Sequence[int], count: int) -> list[list[int]]:
+    """``order`` cut into ``count`` parts whose sizes differ by one at most, the larger ones first.
+
+    Fewer rows than parts: one part per row.
+    """
+    count = min(count, len(order))
+    size, larger = divmod(len(order), count)
+    ends = [size * i + min(i, larger) for i in range(count + 1)]
+    return [list(order[start:end]) for start, end in pairwise(ends)]
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:

@@ -81,6 +81,20 @@ def check_loadable(folder: Path) -> None:
         raise _not_loadable(folder, error) from error
 
 
+def check_device(key: str, device: str) -> None:
+    """Raises :class:`ConfigError` naming ``key`` unless torch sees ``device`` (cpu, cuda, cuda:<n>) in this process."""
+    kind, _, index = device.partition(":")
+    if kind == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= count:
+        found = f"{count} CUDA device(s)" if count else "no CUDA device"
+        build = "" if torch.version.cuda else " (a build for the CPU)"
+        raise ConfigError(
+            f"{key}={device}: torch {torch.__version__}{build} sees {found}; set {key}=cpu or another one"
+        )
+
+
 def _not_loadable(folder: Path, error: Exception) -> ConfigError:
     reason = " ".join(str(error).split())[:160]
     return ConfigError(
