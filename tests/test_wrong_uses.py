@@ -44,6 +44,9 @@ MISTAKES = {
         ("buffer.max_stalenes=4",), ("unknown key 'buffer.max_stalenes'", "did you mean 'buffer.max_staleness'?")
     ),
     "S below zero": Mistake(("buffer.max_staleness=-1",), ("buffer.max_staleness must be ≥ 0, found -1",)),
+    "a dtype that cannot be trained": Mistake(
+        ("model.dtype=bfloat16",), ("model.dtype must be float32 for training, found 'bfloat16'", "fp32 master weights")
+    ),
     "lead above S": Mistake(
         ("buffer.max_staleness=1", "buffer.lead=2"), ("buffer.lead", "found 2", "lower it or leave it null")
     ),

@@ -17,7 +17,7 @@ from vapo_async.config import AdvantageKind, Config, ConfigError, TorchLearnerCo
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, check_log_probs
-from vapo_async.models.load import load_policy, load_tokenizer
+from vapo_async.models.load import check_device, load_policy, load_tokenizer
 from vapo_async.prompts.stream import PromptStream
 from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.prompts.template import render
@@ -51,6 +51,7 @@ def max_length(config: Config) -> int:
 
 def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
     """The rollout worker number ``worker``."""
+    check_device("engine.device", config.engine.device)
     tokenizer = load_tokenizer(base.tokenizer)
     engine = build_engine(
         config.engine,
@@ -69,6 +70,7 @@ def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
 
 def build_evaluator(config: Config, base: BaseModel) -> Evaluator:
     """An engine of its own, at the evaluation's temperature."""
+    check_device("engine.device", config.engine.device)
     tokenizer = load_tokenizer(base.tokenizer)
     engine = build_engine(
         config.engine,
@@ -102,6 +104,7 @@ def build_flow(config: Config, base: BaseModel) -> Flow:
 
 def build_learner(config: Config, base: BaseModel) -> Learner:
     """Policy and critic; the critic starts from ``model.critic_path``'s backbone or a copy of the policy's."""
+    check_device("learner.device", config.learner.device)
     policy = load_policy(base.model, config.model.dtype)
     check_log_probs(policy)
     critic = None

@@ -122,9 +122,11 @@ def _task(c: TaskConfig) -> None:
             _require(c.answer_separator != "", "task.answer_separator", c.answer_separator, "text or null", hint)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def _model(c: ModelConfig) -> None:
-    hint = "the learner keeps no fp32 master weights yet, so small updates would be rounded away"
-    _require(c.dtype == "float32", "model.dtype", c.dtype, "float32", hint)
+    _require(c.dtype in DTYPES, "model.dtype", c.dtype, f"one of {', '.join(DTYPES)}")
     match c:
         case EmbeddedModelConfig():
             _at_least("model.num_layers", c.num_layers, 1)

@@ -68,7 +68,7 @@ def _total(config: Config) -> int:
 
 def _batches(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, stop: Stop) -> None:
     """Take, learn, publish, until all batches are done or ``stop`` says so."""
-    while recorder.batches < _total(config):
+    while recorder.batches < _total(config) and not stop():
         start = time.perf_counter()
         batch = stages.take(stop)
         waited_s = time.perf_counter() - start

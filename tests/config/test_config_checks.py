@@ -53,10 +53,7 @@ REFUSED = [
     ("task.min_terms=13", "task.min_terms must be ≤ task.max_terms = 12, found 13"),
     ("task.min_digits=0", "task.min_digits must be ≥ 1"),
     ("task=gsm8k task.train=", "task.train must be a file's path or the name of a data set, found ''"),
-    (
-        "model.dtype=bfloat16",
-        "model.dtype must be float32, found 'bfloat16': the learner keeps no fp32 master weights yet",
-    ),
+    ("model.dtype=int8", "model.dtype must be one of float32, bfloat16, float16, found 'int8'"),
     ("model.num_heads=3", "model.hidden_size must be a multiple of 2·num_heads = 6, found 64"),
     ("model.habit_sign_rate=1.5", "model.habit_sign_rate must be between 0 and 1"),
     ("engine.top_p=0.9", "engine.top_p must be 1, found 0.9: the learner cannot rebuild"),

@@ -35,6 +35,11 @@ def preflight(config: Config) -> None:
     Raises:
         ConfigError: something that the user can mend.
     """
+    if config.model.dtype != "float32":
+        raise ConfigError(
+            f"model.dtype must be float32 for training, found '{config.model.dtype}': the learner keeps no fp32 master "
+            "weights yet, so small updates would be rounded away"
+        )
     resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
     check_writable(Path(config.runs_dir))
     if resumed is not None and not os.access(resumed, os.W_OK | os.X_OK):

@@ -25,7 +25,7 @@ def save_learner(learner: Learner, tokenizer: PreTrainedTokenizerBase, folder: P
     Raises:
         OSError, SafetensorError: the disk is full.
     """
-    learner.policy.save_pretrained(folder / POLICY_FOLDER)
+    learner.policy.save_pretrained(folder / POLICY_FOLDER, max_shard_size="1TB")  # one file, which resume reads
     try:
         tokenizer.save_pretrained(folder / POLICY_FOLDER)
     except Exception as error:  # the tokenizers library has no narrower type for a full disk
