@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from vapo_async.buffer import RolloutBuffer
 from vapo_async.collector.collector import Collector
+from vapo_async.collector.engine import Engine
 from vapo_async.collector.evaluator import Evaluator
 from vapo_async.collector.factory import build_engine
 from vapo_async.config import AdvantageKind, Config, ConfigError, TorchLearnerConfig, resolved_lead
@@ -51,15 +52,7 @@ def max_length(config: Config) -> int:
 
 def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
     """The rollout worker number ``worker``."""
-    check_device("engine.device", config.engine.device)
-    tokenizer = load_tokenizer(base.tokenizer)
-    engine = build_engine(
-        config.engine,
-        load_policy(base.model, config.model.dtype),
-        tokenizer,
-        max_length=max_length(config),
-        seed=engine_seed(config, worker),
-    )
+    engine, tokenizer = _engine(config, base, config.engine.temperature, engine_seed(config, worker))
     return Collector(
         engine,
         tokenizer,
@@ -70,18 +63,19 @@ def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
 
 def build_evaluator(config: Config, base: BaseModel) -> Evaluator:
     """An engine of its own, at the evaluation's temperature."""
+    seed = derived_seed(config.seed, "evaluation")
+    engine, tokenizer = _engine(config, base, config.evaluation.temperature, seed)
+    return Evaluator(engine, tokenizer, max_response_tokens=config.task.max_response_tokens, seed=seed)
+
+
+def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> tuple[Engine, PreTrainedTokenizerBase]:
     check_device("engine.device", config.engine.device)
     tokenizer = load_tokenizer(base.tokenizer)
-    engine = build_engine(
-        config.engine,
-        load_policy(base.model, config.model.dtype),
-        tokenizer,
-        max_length=max_length(config),
-        seed=0,
-        temperature=config.evaluation.temperature,
-    )
-    seed = derived_seed(config.seed, "evaluation")
-    return Evaluator(engine, tokenizer, max_response_tokens=config.task.max_response_tokens, seed=seed)
+    policy = load_policy(base.model, config.model.dtype)
+    length = max_length(config)
+    return build_engine(
+        config.engine, policy, tokenizer, max_length=length, temperature=temperature, seed=seed
+    ), tokenizer
 
 
 def build_verifier(config: Config) -> TaskVerifier:

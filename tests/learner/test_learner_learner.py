@@ -255,7 +255,7 @@ def test_a_full_disk_is_an_os_error_whoever_writes(
         with pytest.raises((OSError, SafetensorError), match="File too large"):
             save_learner(learner, tokenizer, tmp_path)
         with pytest.raises((OSError, SafetensorError), match="File too large"):
-            learner.policy.save_pretrained = lambda folder: None  # the tokenizer's turn
+            learner.policy.save_pretrained = lambda folder, **settings: None  # the tokenizer's turn
             save_learner(learner, tokenizer, tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

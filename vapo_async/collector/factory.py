@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vapo_async.collector.engine import Engine
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import ConfigError, EngineConfig, TransformersEngineConfig
 
@@ -15,10 +16,10 @@ def build_engine(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int,
+    temperature: float,
     seed: int,
-    temperature: float | None = None,
-) -> TransformersEngine:
-    """``temperature`` overrides the config's (evaluation); ``max_length`` is prompt + response in tokens."""
+) -> Engine:
+    """``temperature``: training's or the evaluation's; ``max_length`` is prompt + response in tokens."""
     eos: Any = tokenizer.eos_token_id
     if not isinstance(eos, int):
         raise ConfigError("the tokenizer has no end token (eos_token_id is None); set one in its tokenizer_config.json")
@@ -30,7 +31,7 @@ def build_engine(
                 eos_token_id=eos,
                 max_slots=config.max_slots,
                 max_length=max_length,
-                temperature=config.temperature if temperature is None else temperature,
+                temperature=temperature,
                 kv_cache_on_update=config.kv_cache_on_update,
                 seed=seed,
             )

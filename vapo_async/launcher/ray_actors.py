@@ -63,11 +63,6 @@ class FlowActor:
             self._flow.commit(ticket_id, group)
             self._changed.notify_all()
 
-    async def refund(self, ticket_id: int, reason: str) -> None:
-        async with self._changed:
-            self._flow.refund(ticket_id, reason)
-            self._changed.notify_all()
-
     async def take(self) -> tuple[list[int], int, Any] | None:
         """Waits for a batch: its ages, its version and a reference to its trajectories. None once closed."""
         async with self._changed:
@@ -119,9 +114,6 @@ class VerifierActor:
 
     def counters(self) -> dict[str, int]:
         return verifier_counters(self._verifier)
-
-    def close(self) -> None:
-        self._verifier.close()
 
 
 class RolloutActor:

@@ -144,6 +144,7 @@ class Learner:
             "response_length_max": float(lengths.max()),
             "truncated": float(batch.truncated.float().mean()),
             "entropy": float(entropy[mask].sum()) / count,
+            "mixed_versions": float(_mixed_versions(batch).float().mean()),
             "token_age": float((version - batch.policy_version[mask]).float().mean()),
             "engine_mismatch_max": float(gap.max()) if len(gap) else 0.0,
             "groups_mixed": _mixed_groups(batch),
@@ -249,6 +250,13 @@ def _backend(module: nn.Module, lr: float, algorithm: AlgorithmConfig) -> TorchB
         weight_decay=algorithm.weight_decay,
         max_grad_norm=algorithm.max_grad_norm,
     )
+
+
+def _mixed_versions(batch: LearnerBatch) -> Tensor:
+    """[N] bool: responses that a publication reached in flight, so that their tokens carry several versions."""
+    last = batch.policy_version.masked_fill(~batch.mask, torch.iinfo(torch.int32).min).amax(1)
+    first = batch.policy_version.masked_fill(~batch.mask, torch.iinfo(torch.int32).max).amin(1)
+    return last > first
 
 
 def _mixed_groups(batch: LearnerBatch) -> float:

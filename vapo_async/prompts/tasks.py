@@ -1,6 +1,7 @@
 """Problems to train on and problems to measure with, which never overlap."""
 
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -45,7 +46,26 @@ def normalise_question(question: str) -> str:
     return " ".join(question.split()).casefold()
 
 
-class ChainSumProblems(Sequence[Problem]):
+class _LazyProblems(Sequence[Problem]):
+    """Problems that are made when they are asked for."""
+
+    @abstractmethod
+    def _make(self, index: int) -> Problem:
+        """The problem at ``index`` ≥ 0."""
+
+    @overload
+    def __getitem__(self, index: int) -> Problem: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Problem]: ...
+    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
+        if isinstance(index, slice):
+            return [self._make(i) for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"problem {index} of {len(self)}")
+        return self._make(index % len(self))
+
+
+class ChainSumProblems(_LazyProblems):
     """Chains by reasoning-gym's generator, made when they are asked for."""
 
     def __init__(self, task: ChainSumTaskConfig, size: int, seed: int) -> None:
@@ -63,24 +83,13 @@ class ChainSumProblems(Sequence[Problem]):
     def __len__(self) -> int:
         return len(self._dataset)
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self._make(i) for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"problem {index} of {len(self)}")
-        return self._make(index % len(self))
-
     def _make(self, index: int) -> Problem:
         row: dict[str, Any] = self._dataset[index]
         question = f"{row['metadata']['expression'].replace(' ', '')}:" if self._compact else row["question"]
         return Problem(index, question, row["answer"], _plain(row["metadata"]))
 
 
-class _Selected(Sequence[Problem]):
+class _Selected(_LazyProblems):
     """Some of the problems of another sequence; ``index`` is their place in this one."""
 
     def __init__(self, problems: Sequence[Problem], kept: Sequence[int]) -> None:
@@ -89,14 +98,8 @@ class _Selected(Sequence[Problem]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    @overload
-    def __getitem__(self, index: int) -> Problem: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Problem]: ...
-    def __getitem__(self, index: int | slice) -> Problem | list[Problem]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        return replace(self._problems[self._kept[index]], index=index % len(self))
+    def _make(self, index: int) -> Problem:
+        return replace(self._problems[self._kept[index]], index=index)
 
 
 def _plain(metadata: dict[str, Any]) -> dict[str, object]:
