@@ -26,7 +26,7 @@ class LossAggregation(Enum):
 
 
 class ImportanceKind(Enum):
-    """Which ratio corrects for the lag (METHODS §3)."""
+    """Which ratio corrects for the lag (docs/methods.md)."""
 
     naive = "naive"  # clip pi_theta / pi_behav
     decoupled = "decoupled"  # clip pi_theta / pi_prox, weighted by pi_prox / pi_behav
@@ -49,7 +49,7 @@ class KVCacheOnUpdate(Enum):
 
 @dataclass
 class AlgorithmConfig:
-    """One switch for each technique of VAPO (METHODS §1)."""
+    """One switch for each technique of VAPO (docs/methods.md)."""
 
     groups_per_batch: int = 16
     """B: prompts per rollout batch."""
@@ -314,7 +314,7 @@ class RayLauncherConfig(LauncherConfig):
 
 @dataclass
 class BufferConfig:
-    """The staleness-bounded flow (DESIGN §6)."""
+    """The staleness-bounded flow (docs/staleness.md)."""
 
     max_staleness: int = 4
     """S: no group older than this many versions is ever trained on. 0 = synchronous."""
@@ -380,7 +380,7 @@ class Config:
     """Runs are written to ``runs_dir/name/<time>/``."""
     seed: int = 0
     """Of problems, sampling and mini-batches."""
-    steps: int = 80
+    steps: int = 100
     """Policy updates (rollout batches after value pretraining)."""
     runs_dir: str = "runs"
     """The folder of all runs."""

@@ -1,4 +1,4 @@
-"""The control loop: takes batches, has them learned, publishes, evaluates, keeps checkpoints (DESIGN §2).
+"""The control loop: takes batches, has them learned, publishes, evaluates, keeps checkpoints.
 
  prompts ──ticket──▶ collector ──▶ verifier ──▶ buffer ──batch──▶ learner ──weights, version v+1──▶ collector
  (stream)            (engine)      (reward)     (≤ S versions old) (critic, GAE, loss)               (in flight)

@@ -123,7 +123,7 @@ def make_trajectory(prompt: Prompt, ticket: Ticket, response: Response) -> Tenso
 
 
 def set_score(trajectory: TensorDictBase, score: Score) -> None:
-    """Writes the verdict, and the reward on the last generated token (METHODS §1, decision 4)."""
+    """Writes the verdict, and the reward on the last generated token."""
     reward = torch.zeros_like(trajectory[REWARD])
     reward[-1] = score.reward
     trajectory[REWARD] = reward

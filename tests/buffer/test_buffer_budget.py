@@ -53,7 +53,7 @@ def test_too_few_finished() -> None:
 
 
 def _rule_in_words(queue: list[tuple[int, bool]], b: int, s: int, published: int) -> list[int] | None:
-    """DESIGN §6, written down as it is read."""
+    """docs/staleness.md, written down as it is read."""
     chosen = [i for i, (_, finished) in enumerate(queue) if finished][:b]
     rest = [version for i, (version, _) in enumerate(queue) if i not in chosen]
     in_time = all(published + 1 + i // b - version <= s for i, version in enumerate(rest))

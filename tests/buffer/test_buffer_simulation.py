@@ -1,4 +1,4 @@
-"""DESIGN §6's simulation on the real classes: what a lead below the bound buys under heavy-tailed latencies."""
+"""A simulation on the real classes: what a lead below the bound buys under heavy-tailed latencies."""
 
 import heapq
 import random

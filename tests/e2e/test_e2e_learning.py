@@ -33,7 +33,7 @@ SHORT = ("evaluation.problems=128", "evaluation.samples=2", "evaluation.every=0"
 
 @pytest.mark.timeout(900)
 def test_a_short_run_learns(tmp_path: Path) -> None:
-    """15 updates after 15 batches of value pretraining: seen 0.63 at update 10 of the full job, from 0.19."""
+    """15 updates after 15 batches of value pretraining: the full job was seen at 0.51 after 10 updates, from 0.19."""
     summary = train(tmp_path, "steps=15", "algorithm.value_pretraining_steps=15", *SHORT, timeout_s=850)
     assert summary["final_accuracy"] > summary["base_accuracy"] + 0.2 + NOISE
 

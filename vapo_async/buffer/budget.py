@@ -1,4 +1,4 @@
-"""The staleness arithmetic: integers and inequalities, no lock, no waiting, no tensors (DESIGN §6).
+"""The staleness arithmetic: integers and inequalities, no lock, no waiting, no tensors (docs/staleness.md).
 
 Units: ``charged`` and ``refunded`` count tickets (one ticket = one prompt group), ``published`` counts versions.
 

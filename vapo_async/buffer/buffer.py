@@ -1,4 +1,4 @@
-"""Tickets, ages and bounded storage: a state machine that never waits (DESIGN §6).
+"""Tickets, ages and bounded storage: a state machine that never waits (docs/staleness.md).
 
     admit ──ticket──▶ (collector, verifier) ──▶ commit ──▶ take ──batch──▶ (learner) ──▶ publish
                                └──────────────▶ refund

@@ -1,4 +1,4 @@
-"""VAPO's learner: one batch of trajectories becomes critic and policy updates (DESIGN §8). Knows no process layout."""
+"""VAPO's learner: one batch of trajectories becomes critic and policy updates. Knows no process layout."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -151,7 +151,7 @@ class Learner:
         }
 
     def _estimate_advantages(self, batch: LearnerBatch, pretraining: bool) -> None:
-        """Advantages and targets, once for the whole batch and before any whitening (METHODS §1, decision 6)."""
+        """Advantages and targets, once for the whole batch and before any whitening."""
         a = self._algorithm
         match a.advantage:
             case AdvantageKind.group:
@@ -230,7 +230,7 @@ class Learner:
 def pretraining_note(variances: Sequence[float]) -> str:
     """Whether explained variance rose, by 0.01 or so at least, from the first quarter of the batches to the last.
 
-    Policy training on a critic that explains nothing is noise (METHODS §1, technique 1).
+    Policy training on a critic that explains nothing is noise (docs/methods.md, technique 1).
     """
     quarter = max(1, len(variances) // 4)
     first, last = (round(sum(part) / quarter, 2) + 0.0 for part in (variances[:quarter], variances[-quarter:]))

@@ -15,7 +15,7 @@ from vapo_async.objectives.logprobs import token_log_probs
 
 
 class Critic(nn.Module):
-    """A backbone of its own and a zero-initialised scalar head (METHODS §1, decision 11)."""
+    """A backbone of its own and a zero-initialised scalar head (docs/methods.md)."""
 
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
         super().__init__()

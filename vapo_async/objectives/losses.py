@@ -62,7 +62,7 @@ def vapo_policy_loss(
 ) -> tuple[Tensor, Sums]:
     """L = L_clip + μ L_NLL − c_H H: this micro-batch's share of VAPO's policy loss (arXiv 2504.05118).
 
-    L_clip aggregates, per token (METHODS §3),
+    L_clip aggregates, per token (docs/methods.md),
 
     - naive: −min(ρ Â, clip(ρ) Â), ρ = π_θ/π_behav (PPO);
     - decoupled: −w min(r Â, clip(r) Â), r = π_θ/π_prox, w = min(π_prox/π_behav, c) a constant (AReaL, 2505.24298).
