@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from vapo_async.buffer import StalenessBudget, choose_batch
+from vapo_async.buffer.budget import in_time
 from vapo_async.config import ConfigError
 
 
@@ -77,9 +78,10 @@ def test_equals_the_rule_in_words_and_no_other_choice_helps() -> None:
                         assert got is not None
 
 
-def test_deadline_ok() -> None:
-    budget = StalenessBudget(8, 2, 2, published=3)
-    assert budget.deadline_ok(position=7, version=2) and not budget.deadline_ok(position=8, version=2)
+def test_in_time() -> None:
+    """published + 1 + ⌊i / B⌋ − m ≤ S: 3 + 1 + 0 − 2 = 2 at position 7, one more at position 8."""
+    assert in_time(7, version=2, groups_per_batch=8, max_staleness=2, published=3)
+    assert not in_time(8, version=2, groups_per_batch=8, max_staleness=2, published=3)
 
 
 def test_state_round_trip_and_its_checks() -> None:

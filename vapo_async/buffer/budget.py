@@ -110,10 +110,6 @@ class StalenessBudget:
         self.published += 1
         return self.published
 
-    def deadline_ok(self, position: int, version: int) -> bool:
-        """:func:`in_time` at this budget's numbers."""
-        return in_time(position, version, self.groups_per_batch, self.max_staleness, self.published)
-
     def state_dict(self) -> dict[str, int]:
         """The counters and B; S and L may change on resume."""
         return {
