@@ -30,6 +30,25 @@ class ImportanceKind(Enum):
 
     naive = "naive"  # clip pi_theta / pi_behav
     decoupled = "decoupled"  # clip pi_theta / pi_prox, weighted by pi_prox / pi_behav
+    a3po = "a3po"  # decoupled, with pi_prox interpolated by token age instead of evaluated
+    dis = "dis"  # no clip: log pi_theta weighted by pi_theta / pi_behav inside the clip range, by 0 outside
+    m2po = "m2po"  # no clip: the harmful tokens of largest (log ratio)^2 are masked
+
+
+class MismatchKind(Enum):
+    """What is done about pi_prox / pi_behav where engine and learner disagree (docs/methods.md)."""
+
+    none = "none"
+    tis = "tis"  # truncated above, per token
+    icepop = "icepop"  # tokens outside the range get no gradient
+    mis = "mis"  # responses whose geometric mean lies outside the range get no gradient
+
+
+class ValueTargetKind(Enum):
+    """What the critic is trained on."""
+
+    lambda_return = "lambda_return"  # of the rewards as they were sampled
+    vtrace = "vtrace"  # corrected for the lag by truncated importance ratios
 
 
 class AnswerStyle(Enum):
@@ -84,7 +103,31 @@ class AlgorithmConfig:
     """μ of the positive-example LM loss (technique 6). 0 = off."""
     importance: ImportanceKind = ImportanceKind.decoupled
     behaviour_weight_cap: float | None = 5.0
-    """Upper bound c of pi_prox / pi_behav in the decoupled objective; null = none."""
+    """Upper bound c of pi_prox / pi_behav with ``decoupled`` and ``a3po``; null = none."""
+    m2po_threshold: float = 0.04
+    """τ: ``m2po`` masks tokens until the mean of (log ratio)² is below it."""
+    mismatch: MismatchKind = MismatchKind.none
+    """Correction of the engine mismatch, on top of ``importance``."""
+    mismatch_low: float = 0.5
+    """Lower end of the range of pi_prox / pi_behav; ``icepop`` and ``mis``."""
+    mismatch_high: float = 2.0
+    """Upper end of that range; what ``tis`` truncates at."""
+    dual_clip: float | None = None
+    """c > 1: where the advantage is negative the objective is at least c·advantage; null = off."""
+    kl_coef: float = 0.0
+    """β: weight of the KL to the base policy, which is then kept in memory. 0 = off."""
+    overlong_filter: bool = False
+    """Leaves responses that the length limit cut out of every loss (DAPO's overlong filtering)."""
+    dynamic_sampling: bool = False
+    """Refunds groups that are all right or all wrong and draws others (DAPO); never in value pretraining."""
+    dynamic_sampling_patience: int = 20
+    """Batches' worth of groups that may be refunded in a row before the run ends with an error."""
+    value_target: ValueTargetKind = ValueTargetKind.lambda_return
+    """Value pretraining always takes Monte-Carlo returns."""
+    vtrace_rho_cap: float = 1.0
+    """ρ̄: truncation of the ratio that weighs a temporal difference (V-trace)."""
+    vtrace_c_cap: float = 1.0
+    """c̄: truncation of the ratio that carries differences backwards (V-trace)."""
     critic_updates: int = 1
     """K: critic updates per policy update."""
     value_clip: float | None = None

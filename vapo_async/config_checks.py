@@ -19,12 +19,14 @@ from vapo_async.config import (
     EngineConfig,
     EvaluationConfig,
     FolderModelConfig,
+    ImportanceKind,
     LauncherConfig,
     LearnerConfig,
     ModelConfig,
     RayLauncherConfig,
     TaskConfig,
     TransformersEngineConfig,
+    ValueTargetKind,
     VerifierConfig,
 )
 
@@ -75,13 +77,34 @@ def _algorithm(c: AlgorithmConfig) -> None:
     _within("algorithm.lmbda_critic", c.lmbda_critic, 0, 1)
     _within("algorithm.lmbda", c.lmbda, 0, 1)
     _above("algorithm.alpha", c.alpha, 0, "λ = 1 − 1/(alpha·l); algorithm.length_adaptive=false turns it off")
-    hint = "the paper has 0.2; ratios below 1 − clip_low are clipped, and none is below 0"
+    hint = "the papers have 0.2 (DIS 0.3); ratios below 1 − clip_low are clipped, and none is below 0"
     _require(0 < c.clip_low < 1, "algorithm.clip_low", c.clip_low, "in (0, 1)", hint)
-    _above("algorithm.clip_high", c.clip_high, 0, "the paper has 0.28")
+    _above("algorithm.clip_high", c.clip_high, 0, "the papers have 0.28 (PPO 0.2, DIS 5.0)")
     _at_least("algorithm.nll_coef", c.nll_coef, 0, "0 turns the positive-example loss off")
     if c.behaviour_weight_cap is not None:
         hint = "a cap below 1 scales even on-policy tokens down; null = none"
         _at_least("algorithm.behaviour_weight_cap", c.behaviour_weight_cap, 1, hint)
+    _above("algorithm.m2po_threshold", c.m2po_threshold, 0, "the paper has 0.04")
+    hint = "an engine that agrees with the learner has the ratio 1"
+    _require(0 <= c.mismatch_low < 1, "algorithm.mismatch_low", c.mismatch_low, "in [0, 1)", hint)
+    _above("algorithm.mismatch_high", c.mismatch_high, 1, hint)
+    if c.dual_clip is not None:
+        _above("algorithm.dual_clip", c.dual_clip, 1, "null turns it off")
+        plain = c.importance in (ImportanceKind.naive, ImportanceKind.decoupled, ImportanceKind.a3po)
+        expected = f"null with algorithm.importance={c.importance.value}"
+        _require(plain, "algorithm.dual_clip", c.dual_clip, expected, "that objective has no clip to bound")
+    _at_least("algorithm.kl_coef", c.kl_coef, 0, "0 turns the KL off")
+    _at_least("algorithm.dynamic_sampling_patience", c.dynamic_sampling_patience, 1)
+    if c.dynamic_sampling:
+        hint = "one response is always all right or all wrong"
+        expected = "≥ 2 with algorithm.dynamic_sampling=true"
+        _require(c.group_size >= 2, "algorithm.group_size", c.group_size, expected, hint)
+    _above("algorithm.vtrace_rho_cap", c.vtrace_rho_cap, 0, "the paper has 1")
+    _above("algorithm.vtrace_c_cap", c.vtrace_c_cap, 0, "the paper has 1")
+    if c.value_target is ValueTargetKind.vtrace:
+        hint = "group advantages have no critic"
+        gae = c.advantage is AdvantageKind.gae
+        _require(gae, "algorithm.value_target", "vtrace", "lambda_return with algorithm.advantage=group", hint)
     _at_least("algorithm.critic_updates", c.critic_updates, 1)
     if c.value_clip is not None:
         _above("algorithm.value_clip", c.value_clip, 0, "null turns it off")
