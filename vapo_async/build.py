@@ -9,7 +9,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from vapo_async.buffer import RolloutBuffer
+from vapo_async.buffer import DynamicSampling, RolloutBuffer
 from vapo_async.collector.collector import Collector
 from vapo_async.collector.engine import Engine
 from vapo_async.collector.evaluator import Evaluator
@@ -79,21 +79,29 @@ def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> t
 
 
 def build_verifier(config: Config) -> TaskVerifier:
-    return TaskVerifier(config.task, config.verifier)
+    cache_tokens = round(config.algorithm.overlong_cache * config.task.max_response_tokens)
+    return TaskVerifier(config.task, config.verifier, cache_tokens)
 
 
 def build_flow(config: Config, base: BaseModel) -> Flow:
-    """The prompt stream and the bounded buffer."""
+    """The prompt stream, the bounded buffer and, where it is on, dynamic sampling."""
     tokenizer = load_tokenizer(base.tokenizer)
     task = build_task(config.task, config.seed)
     stream = PromptStream(task, tokenizer, config.task, derived_seed(config.seed, "prompts"))
+    algorithm = config.algorithm
     buffer = RolloutBuffer(
-        config.algorithm.groups_per_batch,
-        config.algorithm.group_size,
+        algorithm.groups_per_batch,
+        algorithm.group_size,
         config.buffer.max_staleness,
         resolved_lead(config.buffer),
     )
-    return Flow(stream, buffer)
+    sampling = None
+    if algorithm.dynamic_sampling:
+        batch = algorithm.groups_per_batch
+        sampling = DynamicSampling(
+            algorithm.dynamic_sampling_patience * batch, exempt=algorithm.value_pretraining_steps * batch
+        )
+    return Flow(stream, buffer, sampling)
 
 
 def build_learner(config: Config, base: BaseModel) -> Learner:

@@ -74,6 +74,8 @@ class AlgorithmConfig:
     """B: prompts per rollout batch."""
     group_size: int = 16
     """G: responses per prompt (technique 7, group sampling)."""
+    group_sampling: bool = True
+    """False: as many responses, each to a prompt of its own: groups_per_batch · group_size prompts × 1."""
     minibatches: int = 4
     """Optimizer steps per rollout batch and epoch: as many parts, whose sizes differ by one response at most."""
     epochs: int = 1
@@ -116,6 +118,8 @@ class AlgorithmConfig:
     """c > 1: where the advantage is negative the objective is at least c·advantage; null = off."""
     kl_coef: float = 0.0
     """β: weight of the KL to the base policy, which is then kept in memory. 0 = off."""
+    overlong_cache: float = 0.0
+    """L_cache / L_max of the soft overlong punishment (DAPO), L_max = ``task.max_response_tokens``; 0 = off."""
     overlong_filter: bool = False
     """Leaves responses that the length limit cut out of every loss (DAPO's overlong filtering)."""
     dynamic_sampling: bool = False
@@ -161,8 +165,6 @@ class TaskConfig:
     """Training problems with longer prompts are left out and counted."""
     max_response_tokens: int = 128
     """Length limit of a response, the end token included."""
-    overlong_cache_tokens: int = 0
-    """L_cache of the soft overlong punishment (DAPO); 0 = off."""
     heldout_problems: int = 256
     """Held-out problems kept for evaluation; at most as many as the held-out data has."""
     reward_correct: float = 1.0
@@ -309,7 +311,7 @@ class LearnerConfig:
     max_tokens_per_microbatch: int = 16_384
     """Padded tokens of one forward-backward pass."""
     logprob_chunk_tokens: int = 4096
-    """Positions whose [V] logits are held at once."""
+    """No more logits than of this many positions are held at once; fewer where that is as fast."""
     threads: int = 1
     """Torch threads of the learner's process."""
     device: str = "cpu"
@@ -451,6 +453,8 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
     "launcher": {"inline": InlineLauncherConfig, "ray": RayLauncherConfig},
 }
 """Group → schema name → dataclass; registered with Hydra as ``<group>/<name>_schema``."""
+OVERLAYS = ("experiment", "ablation")
+"""Groups without a schema, each laid over all that comes before it; ``null`` by default."""
 
 
 class ConfigError(ValueError):
@@ -459,6 +463,12 @@ class ConfigError(ValueError):
 
 class RunError(RuntimeError):
     """A run that cannot go on, told in one line: who failed or waited for whom, and what to do."""
+
+
+def without_groups(algorithm: AlgorithmConfig) -> None:
+    """Spells ``group_sampling: false`` out in the sizes; doing it twice changes nothing."""
+    if not algorithm.group_sampling:
+        algorithm.groups_per_batch, algorithm.group_size = algorithm.groups_per_batch * algorithm.group_size, 1
 
 
 def resolved_lead(buffer: BufferConfig) -> int:

@@ -39,6 +39,9 @@ def check_config(config: Config) -> None:
     _model(config.model)
     _engine(config.engine)
     _learner(config.learner, config.task)
+    cache, longest = config.algorithm.overlong_cache, config.task.max_response_tokens
+    hint = f"less is not a token of task.max_response_tokens = {longest}; 0 turns the punishment off"
+    _require(cache == 0 or cache * longest >= 1, "algorithm.overlong_cache", cache, f"0 or ≥ 1/{longest}", hint)
     _launcher(config.launcher)
     _buffer(config.buffer)
     _verifier(config.verifier)
@@ -61,6 +64,11 @@ def _run(c: Config) -> None:
 def _algorithm(c: AlgorithmConfig) -> None:
     _at_least("algorithm.groups_per_batch", c.groups_per_batch, 1)
     _at_least("algorithm.group_size", c.group_size, 1)
+    if not c.group_sampling:
+        hint = "without groups nothing compares responses to one prompt"
+        gae = c.advantage is AdvantageKind.gae and not c.dynamic_sampling
+        expected = "true with algorithm.advantage=group or algorithm.dynamic_sampling=true"
+        _require(gae, "algorithm.group_sampling", c.group_sampling, expected, hint)
     if c.advantage is AdvantageKind.group:
         hint = "one response has no group to be compared with; take more, or algorithm.advantage=gae"
         _require(c.group_size >= 2, "algorithm.group_size", c.group_size, "≥ 2 with algorithm.advantage=group", hint)
@@ -93,6 +101,8 @@ def _algorithm(c: AlgorithmConfig) -> None:
         plain = c.importance in (ImportanceKind.naive, ImportanceKind.decoupled, ImportanceKind.a3po)
         expected = f"null with algorithm.importance={c.importance.value}"
         _require(plain, "algorithm.dual_clip", c.dual_clip, expected, "that objective has no clip to bound")
+    hint = "the share of task.max_response_tokens that the punishment's ramp covers; 0 turns it off"
+    _require(0 <= c.overlong_cache < 1, "algorithm.overlong_cache", c.overlong_cache, "in [0, 1)", hint)
     _at_least("algorithm.kl_coef", c.kl_coef, 0, "0 turns the KL off")
     _at_least("algorithm.dynamic_sampling_patience", c.dynamic_sampling_patience, 1)
     if c.dynamic_sampling:
@@ -108,7 +118,7 @@ def _algorithm(c: AlgorithmConfig) -> None:
     _at_least("algorithm.critic_updates", c.critic_updates, 1)
     if c.value_clip is not None:
         _above("algorithm.value_clip", c.value_clip, 0, "null turns it off")
-    _finite("algorithm.entropy_coef", c.entropy_coef)
+    _at_least("algorithm.entropy_coef", c.entropy_coef, 0, "0 turns the bonus off")
     _at_least("algorithm.policy_lr", c.policy_lr, 0)
     _at_least("algorithm.critic_lr", c.critic_lr, 0)
     _at_least("algorithm.lr_warmup_steps", c.lr_warmup_steps, 0)
@@ -121,11 +131,6 @@ def _task(c: TaskConfig) -> None:
     _require("{question}" in c.template, "task.template", c.template, "text that holds {question}", hint)
     _at_least("task.max_prompt_tokens", c.max_prompt_tokens, 1)
     _at_least("task.max_response_tokens", c.max_response_tokens, 1)
-    _at_least("task.overlong_cache_tokens", c.overlong_cache_tokens, 0, "0 turns the overlong punishment off")
-    bound = f"< task.max_response_tokens = {c.max_response_tokens}"
-    hint = "the punishment's ramp covers the last of the allowed tokens"
-    fits = c.overlong_cache_tokens < c.max_response_tokens
-    _require(fits, "task.overlong_cache_tokens", c.overlong_cache_tokens, bound, hint)
     _at_least("task.heldout_problems", c.heldout_problems, 1)
     _finite("task.reward_wrong", c.reward_wrong)
     _finite("task.reward_correct", c.reward_correct)
@@ -212,6 +217,7 @@ def _launcher(c: LauncherConfig) -> None:
     _above("launcher.connect_timeout_s", c.connect_timeout_s, 0)
     _above("launcher.start_timeout_s", c.start_timeout_s, 0)
     _above("launcher.stage_timeout_s", c.stage_timeout_s, 0)
+    _above("launcher.evaluation_timeout_s", c.evaluation_timeout_s, 0)
 
 
 def _buffer(c: BufferConfig) -> None:

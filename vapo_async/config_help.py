@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from vapo_async.config import GROUPS, Config
+from vapo_async.config import GROUPS, OVERLAYS, Config
 
 USAGE = """\
 usage: python scripts/train_async.py [group=choice …] [section.key=value …]
@@ -34,7 +34,7 @@ def help_page(config_dir: Path, default: Config) -> str:
     """
     parts = [USAGE, "GROUPS (group=choice; * marks the default)"]
     defaults = _default_choices(config_dir)
-    for group in (*GROUPS, "experiment"):
+    for group in (*GROUPS, *OVERLAYS):
         parts.append(f"  {group}=")
         for path in sorted((config_dir / group).glob("*.yaml")):
             mark = "*" if defaults.get(group) == path.stem else " "

@@ -19,11 +19,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vapo_async.config import GROUPS, Config, ConfigError
+from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError, without_groups
 from vapo_async.config_checks import check_config
 from vapo_async.config_help import describe_type, every_key, field_docs, field_types, help_page
-
-EXPERIMENT = "experiment"
 
 
 def default_config_dir() -> Path:
@@ -46,6 +44,9 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Con
     parsed = [_parse(text) for text in overrides]
     chosen = [choice for o in parsed if o.key_or_group in choices for choice in _check_choice(o, choices)]
     cfg = _compose(folder, chosen)
+    for choice in chosen:
+        if choice.startswith("ablation=") and cfg == _compose(folder, [c for c in chosen if c != choice]):
+            raise ConfigError(f"{choice} changes nothing here: the technique is off already")
     for override in parsed:
         if override.key_or_group not in choices:
             _apply(cfg, override, folder)
@@ -55,7 +56,7 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Con
 def group_choices(config_dir: Path | None = None) -> dict[str, list[str]]:
     """Group → its choices: the YAML files found on disk."""
     folder = default_config_dir() if config_dir is None else config_dir
-    return {group: sorted(p.stem for p in (folder / group).glob("*.yaml")) for group in (*GROUPS, EXPERIMENT)}
+    return {group: sorted(p.stem for p in (folder / group).glob("*.yaml")) for group in (*GROUPS, *OVERLAYS)}
 
 
 def help_text(config_dir: Path | None = None) -> str:
@@ -156,7 +157,7 @@ def _check_choice(override: Override, choices: dict[str, list[str]]) -> list[str
     group = override.key_or_group
     value = override.value()
     known = choices[group]
-    if value is None and group == EXPERIMENT:
+    if value is None and group in OVERLAYS:
         return []
     if not isinstance(value, str) or value not in known:
         raise ConfigError(
@@ -218,6 +219,7 @@ def _to_config(cfg: DictConfig) -> Config:
         raise ConfigError(_first_line(error)) from error
     assert isinstance(config, Config)
     check_config(config)
+    without_groups(config.algorithm)
     return config
 
 

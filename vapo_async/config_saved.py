@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vapo_async.config import GROUPS, Config
+from vapo_async.config import GROUPS, OVERLAYS, Config
 from vapo_async.config_load import default_config_dir, flatten, load_config, read_config, save_config
 
 CONFIG_FILE = "config.yaml"
@@ -29,7 +29,7 @@ def lay_over(config: Config, overrides: Sequence[str]) -> Config:
             section = {"defaults": [f"{schemas[group]}_schema", "_self_"], **values.pop(group)}
             (folder / group / f"{_SAVED}.yaml").write_text(yaml.safe_dump(section), encoding="utf-8")
         groups = [{group: _SAVED} for group in GROUPS]
-        values["defaults"] = ["config_schema", *groups, "_self_", {"experiment": None}]
+        values["defaults"] = ["config_schema", *groups, "_self_", *({overlay: None} for overlay in OVERLAYS)]
         root.write_text(yaml.safe_dump(values), encoding="utf-8")
         return load_config(overrides, folder)
 

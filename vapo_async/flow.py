@@ -8,7 +8,7 @@ from typing import Any
 
 from tensordict import TensorDictBase
 
-from vapo_async.buffer import Batch, RolloutBuffer
+from vapo_async.buffer import ALL_RIGHT, ALL_WRONG, Batch, DynamicSampling, RolloutBuffer
 from vapo_async.prompts.stream import PromptStream
 from vapo_async.schema import Prompt, Ticket
 
@@ -21,16 +21,33 @@ class Assignment:
     prompt: Prompt
 
 
+@dataclass(frozen=True)
+class FlowCounters:
+    """What became of the tickets so far."""
+
+    tickets: dict[str, int]
+    """charged = committed + refunded + outstanding, over resumes too."""
+    refund_reasons: dict[str, int]
+    """Refunds by reason, over resumes too."""
+    rejected_responses: int
+    """Responses that dynamic sampling refused, since this process started."""
+    rejected_tokens: int
+    """Their generated tokens."""
+    prompts_left_out: int
+    """Training problems met so far whose prompt is too long."""
+
+
 class Flow:
     """Prompts → tickets → buffer. Every ticket has a prompt until its group is trained on or refunded.
 
     Args:
         stream: gives prompts, returned ones first.
         buffer: admission, deadlines, storage.
+        sampling: refuses groups that are all right or all wrong; None takes every group.
     """
 
-    def __init__(self, stream: PromptStream, buffer: RolloutBuffer) -> None:
-        self._stream, self._buffer = stream, buffer
+    def __init__(self, stream: PromptStream, buffer: RolloutBuffer, sampling: DynamicSampling | None = None) -> None:
+        self._stream, self._buffer, self._sampling = stream, buffer, sampling
         self._prompts: dict[int, Prompt] = {}  # by ticket, running and ready
 
     def admit(self, most: int) -> list[Assignment]:
@@ -42,9 +59,22 @@ class Flow:
             assignments.append(Assignment(ticket, prompt))
         return assignments
 
-    def commit(self, ticket_id: int, group: TensorDictBase) -> None:
-        """Ends a ticket with its scored group."""
-        self._buffer.commit(ticket_id, group)
+    def commit(self, ticket_id: int, group: TensorDictBase) -> bool:
+        """Ends a ticket with its scored group. False if dynamic sampling refused it: then the ticket is refunded.
+
+        The prompt of a refused group does not come back: it would most likely be refused again, and again.
+        """
+        if self._sampling is None:
+            self._buffer.commit(ticket_id, group)
+            return True
+        reason = self._sampling.judge(group, self._buffer.committed)
+        if reason is None:
+            self._buffer.commit(ticket_id, group)
+        else:
+            self._buffer.reject(ticket_id, group, reason)
+            del self._prompts[ticket_id]
+        self._sampling.count(group, reason)
+        return reason is None
 
     def refund(self, ticket_id: int, reason: str) -> None:
         """Ends a ticket without a group; its prompt comes first again, under its group id."""
@@ -52,11 +82,17 @@ class Flow:
         self._stream.put_back(self._prompts.pop(ticket_id))
 
     def take(self) -> Batch | None:
-        """The next batch for the learner, or None; see :meth:`RolloutBuffer.take`."""
+        """The next batch for the learner, or None; see :meth:`RolloutBuffer.take`.
+
+        Raises ``RunError`` if there is none because dynamic sampling has refused too many groups in a row. The learner
+        is told, and not who commits: no batch is on its way then, so the state can be saved.
+        """
         batch = self._buffer.take()
         if batch is not None:
             held = {ticket.ticket_id for ticket in self._buffer.unserved()}
             self._prompts = {key: prompt for key, prompt in self._prompts.items() if key in held}
+        elif self._sampling is not None and not self.closed:
+            self._sampling.check_patience()
         return batch
 
     def publish(self) -> int:
@@ -77,16 +113,22 @@ class Flow:
 
     def why_waiting(self) -> str:
         """One line: what the learner's next batch waits for."""
-        return self._buffer.why_waiting()
+        why = self._buffer.why_waiting()
+        if self._sampling is None or not self._sampling.in_a_row:
+            return why
+        return f"{why}; dynamic sampling refused the last {self._sampling.in_a_row} groups"
 
-    @property
-    def prompts_left_out(self) -> int:
-        """Training problems met so far whose prompt is too long."""
-        return self._stream.left_out
-
-    def ticket_counts(self) -> dict[str, int]:
-        """charged = committed + refunded + outstanding."""
-        return self._buffer.ticket_counts()
+    def counters(self) -> FlowCounters:
+        """Where tickets and prompts stand."""
+        sampling = self._sampling
+        reasons = {} if sampling is None else {ALL_RIGHT: 0, ALL_WRONG: 0}
+        return FlowCounters(
+            tickets=self._buffer.ticket_counts(),
+            refund_reasons=reasons | self._buffer.refund_reasons,
+            rejected_responses=0 if sampling is None else sampling.rejected_responses,
+            rejected_tokens=0 if sampling is None else sampling.rejected_tokens,
+            prompts_left_out=self._stream.left_out,
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able. Unserved tickets count as refunded and their prompts stand first in the stream."""

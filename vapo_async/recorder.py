@@ -84,6 +84,7 @@ class Recorder:
         totals.ages.add(batch.ages)
         generation_wait = (stats.generation_wait_s - self._last.generation_wait_s) / (elapsed_s * stats.workers)
         rate = (stats.generated_tokens - self._last.generated_tokens) / elapsed_s
+        counters = _counters(stats, self._last)
         self._last = stats
         step = self.batches - self._pretraining
         shown = {
@@ -95,9 +96,6 @@ class Recorder:
             names.STEP_S: elapsed_s,
             names.VERSION: totals.versions,
         }
-        counters = {f"tickets_{key}": n for key, n in stats.tickets.items()}
-        counters |= {f"verifier_{key}": n for key, n in stats.verifier.items()}
-        counters["prompts_left_out"] = stats.prompts_left_out
         self._log.log(step, result.metrics | shown | counters)
         self._show(step, result, shown)
 
@@ -194,3 +192,14 @@ class Recorder:
                 explained_variance=result.metrics.get(names.EXPLAINED_VARIANCE),
             )
         )
+
+
+def _counters(stats: FlowStats, before: FlowStats) -> dict[str, float]:
+    """The flow's scalars: sums so far, and the mean length of what dynamic sampling refused since ``before``."""
+    counters: dict[str, float] = {f"tickets_{key}": n for key, n in stats.tickets.items()}
+    counters |= {f"refunds_{reason.replace(' ', '_')}": n for reason, n in stats.refund_reasons.items()}
+    counters |= {f"verifier_{key}": n for key, n in stats.verifier.items()}
+    counters["prompts_left_out"] = stats.prompts_left_out
+    if responses := stats.rejected_responses - before.rejected_responses:
+        counters["rejected_length"] = (stats.rejected_tokens - before.rejected_tokens) / responses
+    return counters

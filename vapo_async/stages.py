@@ -51,10 +51,16 @@ class FlowStats:
     """Seconds that rollout workers had nothing to generate, summed over workers."""
     workers: int
     tickets: dict[str, int] = field(default_factory=dict)
+    refund_reasons: dict[str, int] = field(default_factory=dict)
+    """Refunds by reason; like ``tickets`` over the whole run."""
     verifier: dict[str, int] = field(default_factory=dict)
     """Counters of the verifier: answers scored, time-outs, crashes."""
     prompts_left_out: int = 0
     """Training problems met so far whose prompt is longer than ``task.max_prompt_tokens``."""
+    rejected_responses: int = 0
+    """Responses of groups that dynamic sampling refused."""
+    rejected_tokens: int = 0
+    """Their generated tokens, part of ``generated_tokens``."""
 
 
 Stop = Callable[[], bool]

@@ -9,6 +9,7 @@ import pytest
 import vapo_async.config
 from vapo_async.config import (
     GROUPS,
+    OVERLAYS,
     AdvantageKind,
     AnswerStyle,
     ChainSumTaskConfig,
@@ -42,7 +43,7 @@ NEEDS = {"model=folder": ["model.path=somewhere"]}  # what a choice leaves to th
 
 def test_config_dir_holds_what_the_readme_promises() -> None:
     assert {str(f) for f in FILES} >= {"config.yaml", "algorithm/vapo.yaml", "task/gsm8k.yaml", "launcher/ray.yaml"}
-    assert {f.parts[0] for f in FILES if len(f.parts) == 2} == {*GROUPS, "experiment"}
+    assert {f.parts[0] for f in FILES if len(f.parts) == 2} == {*GROUPS, *OVERLAYS}
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -80,6 +81,57 @@ def test_config_vapo_is_the_papers() -> None:
     assert (a.alpha, a.groups_per_batch, a.group_size, a.minibatches) == (0.05, 512, 16, 16)
     assert (a.policy_lr, a.critic_lr, a.value_pretraining_steps) == (1e-6, 2e-6, 50)
     assert (a.clip_low, a.clip_high, a.nll_coef, a.lmbda_critic, a.length_adaptive) == (0.2, 0.28, 0.1, 1.0, True)
+
+
+@pytest.mark.parametrize(
+    ("preset", "numbers"),
+    [
+        ("ppo", (8192, 1, 16, 0, "gae", 0.95, 0.95, False, "sequence", 0.2, 0.2, 0.0, 0.0, False, 0.0)),
+        ("vc_ppo", (8192, 1, 16, 50, "gae", 0.95, 1.0, False, "sequence", 0.2, 0.2, 0.0, 0.0, False, 0.0)),
+        ("grpo", (512, 16, 16, 0, "group", 0.95, 1.0, True, "sequence", 0.2, 0.2, 0.0, 0.04, False, 0.0)),
+        ("dapo", (512, 16, 16, 0, "group", 0.95, 1.0, True, "token", 0.2, 0.28, 0.0, 0.0, True, 0.2)),
+        ("vapo", (512, 16, 16, 50, "gae", 0.95, 1.0, True, "token", 0.2, 0.28, 0.1, 0.0, False, 0.0)),
+    ],
+)
+def test_config_presets_are_the_papers(preset: str, numbers: tuple[object, ...]) -> None:
+    """Sizes, pretraining, advantage, λ and λ_critic, length-adaptive, aggregation, clip, LM loss, KL, DAPO's two."""
+    flat = flatten(load_config([f"algorithm={preset}"]))
+    keys = (
+        "groups_per_batch group_size minibatches value_pretraining_steps advantage lmbda lmbda_critic length_adaptive "
+        "aggregation clip_low clip_high nll_coef kl_coef dynamic_sampling overlong_cache"
+    )
+    assert tuple(flat[f"algorithm.{key}"] for key in keys.split()) == numbers
+    assert flat["algorithm.policy_lr"] == 1e-6
+    assert flat["algorithm.importance"] == "decoupled"
+
+
+@pytest.mark.parametrize("algorithm", ["vapo", "vapo_small"])
+@pytest.mark.parametrize(
+    ("ablation", "change"),
+    [
+        ("no_value_pretraining", {"value_pretraining_steps": 0}),
+        ("no_decoupled_gae", {"lmbda_critic": 0.95}),
+        ("no_length_adaptive_gae", {"length_adaptive": False}),
+        ("no_clip_higher", {"clip_high": 0.2}),
+        ("no_token_level_loss", {"aggregation": "sequence"}),
+        ("no_positive_lm_loss", {"nll_coef": 0.0}),
+        ("no_group_sampling", {"group_sampling": False, "group_size": 1}),
+    ],
+)
+def test_config_ablation_takes_one_technique_away(algorithm: str, ablation: str, change: dict[str, object]) -> None:
+    before = flatten(load_config([f"algorithm={algorithm}"]))
+    after = flatten(load_config([f"algorithm={algorithm}", f"ablation={ablation}"]))
+    if ablation == "no_group_sampling":  # as many responses
+        change = change | {"groups_per_batch": {"vapo": 8192, "vapo_small": 256}[algorithm]}
+    assert {key: value for key, value in after.items() if value != before[key]} == {
+        f"algorithm.{key}": value for key, value in change.items()
+    }
+
+
+def test_config_without_groups_reads_back_equal(tmp_path: Path) -> None:
+    config = load_config(["ablation=no_group_sampling"])
+    save_config(config, tmp_path / "config.yaml")
+    assert read_config(tmp_path / "config.yaml") == config
 
 
 def test_config_experiment_is_laid_over_the_groups_and_under_the_command_line() -> None:

@@ -133,8 +133,10 @@ def test_cutting_into_micro_batches_changes_nothing(importance: ImportanceKind, 
         assert a.metrics.keys() == b.metrics.keys()
         for key in a.metrics:
             assert a.metrics[key] == pytest.approx(b.metrics[key], abs=2e-4), key
-    # AdamW divides by the root of tiny second moments, which magnifies rounding: hence not 1e-6.
-    assert_close(weights(whole), weights(cut), atol=2e-5)
+    # AdamW divides by the root of tiny second moments, which magnifies rounding: hence not 1e-6. A key's bias shifts
+    # all scores of a query alike: its gradient is 0, so that what AdamW steps along is nothing but rounding.
+    a, b = ({k: v for k, v in weights(x).items() if not k.endswith("k_proj.bias")} for x in (whole, cut))
+    assert_close(a, b, atol=2e-5)
 
 
 def test_value_pretraining_trains_the_critic_alone() -> None:

@@ -1,129 +1,82 @@
-"""Importance, surrogate, value, NLL, aggregation, and the learner's losses put together."""
+"""Value loss, NLL, aggregation, the policy's other terms and the metrics, against numbers by hand."""
 
-from itertools import pairwise
-from typing import Any
+import math
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
+from policy_inputs import (
+    ALL_TERMS,
+    NAN,
+    loss_and_gradient,
+    make_batch,
+    terms_of,
+    three_tokens,
+)
 
-from vapo_async.config import AlgorithmConfig, ImportanceKind, LossAggregation
+from vapo_async.config import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.aggregate import aggregate, denominator_of
-from vapo_async.objectives.importance import behaviour_weight, effective_sample_size, naive_ratio
 from vapo_async.objectives.losses import (
     Denominators,
-    add_sums,
     denominators_of,
     policy_metrics,
+    policy_terms,
     value_metrics,
-    vapo_policy_loss,
     vapo_value_loss,
 )
 from vapo_async.objectives.nll import positive_nll
-from vapo_async.objectives.policy import approx_kl, clip_fractions, clipped_surrogate
+from vapo_async.objectives.settings import PolicySettings
 from vapo_async.objectives.value import value_loss
 
 torch.set_num_threads(1)
-NAN = float("nan")
-Batch = dict[str, Tensor]
 
-
-def make_batch(rows: int = 8, width: int = 7, seed: int = 0, dtype: torch.dtype = torch.float32) -> Batch:
-    """Random rows with NaN outside the mask; ``log_prob``, ``entropy`` and ``value`` are leaves."""
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(0, 3, (rows, 1), generator=generator)
-    ends = torch.randint(3, width + 1, (rows, 1), generator=generator)
-    t = torch.arange(width)
-    mask = (t >= starts) & (t < ends)
-
-    def draw(scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        x = scale * torch.randn(rows, width, generator=generator, dtype=dtype) + shift
-        return x.where(mask, NAN)
-
-    batch = {name: draw(0.3, -1.0) for name in ("log_prob", "sample_log_prob", "prox_log_prob")}
-    batch |= {name: draw() for name in ("entropy", "advantage", "value", "value_target", "old_value")}
-    batch |= {"mask": mask, "correct": torch.rand(rows, generator=generator) < 0.5}
-    return {k: v.requires_grad_() if k in ("log_prob", "entropy", "value") else v for k, v in batch.items()}
-
-
-def policy_of(batch: Batch, algorithm: AlgorithmConfig, denominators: Denominators) -> tuple[Tensor, dict[str, Tensor]]:
-    keys = ("mask", "advantage", "sample_log_prob", "prox_log_prob", "correct")
-    kept: dict[str, Any] = {k: batch[k] for k in keys}
-    return vapo_policy_loss(batch["log_prob"], batch["entropy"], **kept, algorithm=algorithm, denominators=denominators)
-
-
-def test_importance_by_hand() -> None:
-    log = torch.tensor([0.0, 2.0, 0.5]).log()
-    sample = torch.tensor([1.0, 1.0, 1.0]).log()
-    weights = behaviour_weight(log.requires_grad_(), sample, 1.5)
-    torch.testing.assert_close(weights, torch.tensor([0.0, 1.5, 0.5]), atol=1e-8, rtol=1e-6)
-    assert not weights.requires_grad
-    torch.testing.assert_close(behaviour_weight(log, sample, None)[1], torch.tensor(2.0))
-    ratio = naive_ratio(torch.tensor([500.0], requires_grad=True), torch.tensor([0.0]))
-    assert ratio.isfinite().all()
-    with pytest.raises(ValueError, match="cap must be positive"):
-        behaviour_weight(log, sample, 0.0)
-    with pytest.raises(ValueError, match=r"sample_log_prob \[2\]"):
-        naive_ratio(log, sample[:2])
-
-
-def test_effective_sample_size_by_hand() -> None:
-    mask = torch.tensor([True, True, True, False])
-    size = lambda *w: effective_sample_size(torch.tensor([*w, NAN]), mask).item()  # noqa: E731
-    assert size(3.0, 3.0, 3.0) == pytest.approx(1.0)
-    assert size(1.0, 0.0, 0.0) == pytest.approx(1 / 3)
-    assert size(1.0, 2.0, 3.0) == pytest.approx(36 / (3 * 14))
-    assert size(0.0, 0.0, 0.0) == 0.0
-
-
-def test_clipped_surrogate_by_hand() -> None:
-    # r:          inside, above & A>0, above & A<0, below & A>0, below & A<0
-    ratio = torch.tensor([1.1, 1.5, 1.5, 0.5, 0.5])
-    advantage = torch.tensor([2.0, 2.0, -2.0, 2.0, -2.0])
-    log_ratio = ratio.log().requires_grad_()
-    loss = clipped_surrogate(log_ratio, advantage, 0.2, 0.28)
-    torch.testing.assert_close(loss, torch.tensor([-2.2, -2.56, 3.0, -1.0, 1.6]))
-    loss.sum().backward()
-    torch.testing.assert_close(log_ratio.grad, torch.tensor([-2.2, 0.0, 3.0, -1.0, 0.0]))
-    low, high = clip_fractions(log_ratio, advantage, 0.2, 0.28, torch.ones(5, dtype=torch.bool))
-    assert low.item() == high.item() == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="clip_low"):
-        clipped_surrogate(log_ratio, advantage, 1.0, 0.2)
-
-
-def test_a_ratio_that_overflows_gives_finite_gradients() -> None:
-    log_ratio = torch.tensor([200.0, 200.0, -200.0], requires_grad=True)
-    clipped_surrogate(log_ratio, torch.tensor([1.0, -1.0, 1.0]), 0.2, 0.28).sum().backward()
-    assert log_ratio.grad is not None and log_ratio.grad.isfinite().all()
-
-
-def test_approx_kl_is_k3() -> None:
-    log_ratio = torch.tensor([0.0, 2.0, 0.5]).clamp_min(1e-3).log()
-    torch.testing.assert_close(approx_kl(log_ratio), log_ratio.exp() - 1 - log_ratio)
-    p, q = torch.tensor([0.2, 0.3, 0.5]), torch.tensor([0.5, 0.25, 0.25])
-    torch.testing.assert_close((q * approx_kl((p / q).log())).sum(), (q * (q / p).log()).sum())
+NAIVE, DECOUPLED, A3PO, DIS, M2PO = ImportanceKind
+NONE, TIS, ICEPOP, MIS = MismatchKind
 
 
 def test_value_loss_by_hand() -> None:
     value, target = torch.tensor([1.0, 3.0, 0.0], requires_grad=True), torch.tensor([0.0, 1.0, 0.5])
     torch.testing.assert_close(value_loss(value, target), torch.tensor([0.5, 2.0, 0.125]))
     # old 0, clip 0.5: clipped values 0.5, 0.5, 0.0; errors 0.5, -0.5, -0.5
-    clipped = value_loss(value, target, torch.zeros(3), 0.5)
-    torch.testing.assert_close(clipped, torch.tensor([0.5, 2.0, 0.125]))
+    for clip in (0.5, torch.tensor(0.5)):
+        clipped = value_loss(value, target, torch.zeros(3), clip)
+        torch.testing.assert_close(clipped, torch.tensor([0.5, 2.0, 0.125]))
+    constants = target.clone().requires_grad_(), torch.zeros(3, requires_grad=True)
+    value_loss(value, *constants, 0.5).sum().backward()
+    assert value.grad is not None and constants[0].grad is None and constants[1].grad is None
     far = value_loss(torch.tensor([1.0]), torch.tensor([1.0]), torch.zeros(1), 0.25)
     torch.testing.assert_close(far, torch.tensor([0.5 * 0.75**2]))
     with pytest.raises(ValueError, match="old_value"):
         value_loss(value, target, clip=0.5)
+    with pytest.raises(ValueError, match="clip must be positive, got 0"):
+        value_loss(value, target, target, clip=0)
+
+
+def test_nothing_outside_the_mask_is_read_by_the_value_loss() -> None:
+    batch = make_batch()
+    over = denominators_of(batch["mask"])
+    loss, sums = vapo_value_loss(
+        batch["value"],
+        batch["value_target"],
+        mask=batch["mask"],
+        denominators=over,
+        old_value=batch["old_value"],
+        clip=0.1,
+    )
+    gradient = torch.autograd.grad(loss, batch["value"])[0]
+    assert loss.isfinite() and all(s.isfinite() for s in sums.values())
+    assert not gradient[~batch["mask"]].any() and gradient[batch["mask"]].isfinite().all()
 
 
 def test_positive_nll_by_hand() -> None:
     log_prob = torch.tensor([[-1.0, -2.0, NAN], [-4.0, NAN, NAN]])
     mask = log_prob.isfinite()
     assert positive_nll(log_prob, mask, torch.tensor([True, False])).tolist() == [[1.0, 2.0, 0.0], [0.0] * 3]
+    per_token = torch.tensor([[False, True, True], [True, True, False]])
+    assert positive_nll(log_prob, mask, per_token).tolist() == [[0.0, 2.0, 0.0], [4.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match=r"correct \[3\]"):
         positive_nll(log_prob, mask, torch.tensor([True, False, True]))
+    with pytest.raises(TypeError, match=r"expected correct to be boolean, got dtype torch\.float32"):
+        positive_nll(log_prob, mask, torch.tensor([1.0, 0.0]))
 
 
 def test_aggregate_by_hand() -> None:
@@ -131,135 +84,133 @@ def test_aggregate_by_hand() -> None:
     mask = x.isfinite()
     token, sequence = LossAggregation.token, LossAggregation.sequence
     assert denominator_of(mask, token).item() == 3 and denominator_of(mask, sequence).item() == 2
-    assert aggregate(x, mask, token, 3.0).item() == 3.0
+    for three in (3, 3.0, torch.tensor(3), torch.tensor(3.0, dtype=torch.float64)):
+        share = aggregate(x, mask, token, three)
+        assert share.item() == 3.0 and share.dtype is torch.float32
     assert aggregate(x, mask, sequence, denominator_of(mask, sequence)).item() == 3.5
-    assert aggregate(x, torch.zeros_like(mask), token, 0).item() == 0.0
-    with pytest.raises(ValueError, match="negative"):
-        aggregate(x, mask, token, -1.0)
+    for nothing in (0, 0.0, torch.tensor(0)):
+        assert aggregate(x, torch.zeros_like(mask), token, nothing).item() == 0.0
+    for wrong in (-1.0, NAN):
+        with pytest.raises(ValueError, match="a denominator must not be negative"):
+            aggregate(x, mask, token, wrong)
 
 
-def test_policy_loss_of_three_tokens_by_hand() -> None:
-    """One correct response; w = 0.5, 2 → cap 1.5, 1 and r = 1, 1.5 → clip 1.28, 0.5; A = 1, 1, -1."""
-    prox = torch.tensor([[0.2, 0.4, 0.5]])
-    sample, theta = prox / torch.tensor([0.5, 2.0, 1.0]), prox * torch.tensor([1.0, 1.5, 0.5])
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    algorithm = AlgorithmConfig(behaviour_weight_cap=1.5, nll_coef=0.1, entropy_coef=0.0)
-    log_prob = theta.log().requires_grad_()
-    loss, sums = vapo_policy_loss(
-        log_prob,
-        None,
-        mask=mask,
-        advantage=torch.tensor([[1.0, 1.0, -1.0]]),
-        sample_log_prob=sample.log(),
-        prox_log_prob=prox.log(),
-        correct=torch.tensor([True]),
-        algorithm=algorithm,
-        denominators=Denominators(3.0, 1.0, 3.0),
-    )
-    objective = (-0.5 * 1.0 - 1.5 * 1.28 + 1.0 * 0.8) / 3
-    nll = -theta.log().sum().item() / 3
-    assert loss.item() == pytest.approx(objective + 0.1 * nll, rel=1e-6)
-    loss.backward()
-    torch.testing.assert_close(log_prob.grad, torch.tensor([[-0.5, 0.0, 0.0]]) / 3 - 0.1 / 3)
+def test_denominators_by_hand() -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
+    found = denominators_of(mask, torch.tensor([False, True, True]))
+    assert (int(found.tokens), int(found.sequences), int(found.positive_tokens)) == (3, 2, 1)
+    assert int(denominators_of(mask).positive_tokens) == 0
+    assert int(denominators_of(mask, mask).positive_tokens) == 3
+
+
+def test_the_other_terms_by_hand() -> None:
+    batch = three_tokens([1, 2, -3])
+    losses, sums = terms_of(batch, PolicySettings(nll_coef=0.1, entropy_coef=0.2, kl_coef=0.3))
+    assert list(losses) == ["loss_objective", "loss_nll", "loss_entropy", "loss_kl"]
+    # -log 0.2 - log 0.6 - log 0.25 = 1.6094379 + 0.5108256 + 1.3862944 = 3.5065579
+    assert losses["loss_nll"].item() == pytest.approx(0.1 * 3.5065579 / 3, rel=1e-7)
+    assert losses["loss_entropy"].item() == pytest.approx(-0.2 * 3.0 / 3, rel=1e-7)
+    # reference / theta = 0.5, 1, 2: 0.1931472 + 0 + 0.3068528 = 0.5; gradients 0.5, 0, -1
+    assert losses["loss_kl"].item() == pytest.approx(0.3 * 0.5 / 3, rel=1e-7)
+
+    def gradient(name: str, of: str) -> list[float]:
+        return torch.autograd.grad(losses[name], batch[of], retain_graph=True)[0][0].tolist()
+
+    assert gradient("loss_nll", "log_prob") == pytest.approx([-0.1 / 3] * 3)
+    assert gradient("loss_entropy", "entropy") == pytest.approx([-0.2 / 3] * 3)
+    assert gradient("loss_kl", "log_prob") == pytest.approx([0.3 * 0.5 / 3, 0.0, -0.3 / 3])
     metrics = policy_metrics(sums)
-    assert metrics["clip_low"] == metrics["clip_high"] == pytest.approx(1 / 3)
-    assert metrics["behaviour_weight_capped"] == pytest.approx(1 / 3)
-    assert metrics["nll"] == pytest.approx(nll)
-    assert metrics["loss_objective"] == pytest.approx(objective)
-    rho = torch.tensor([0.5, 3.0, 0.5])
-    assert metrics["ess"] == pytest.approx((rho.sum() ** 2 / (3 * rho.square().sum())).item())
+    assert metrics["nll"].item() == pytest.approx(3.5065579 / 3)
+    assert metrics["entropy"].item() == pytest.approx(1.0)
+    assert metrics["kl"].item() == pytest.approx(0.5 / 3)
 
 
-@pytest.mark.parametrize("aggregation", list(LossAggregation))
-@pytest.mark.parametrize("importance", list(ImportanceKind))
-@settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 1000), cuts=st.sets(st.integers(1, 7), max_size=4))
-def test_micro_batches_add_up(
-    aggregation: LossAggregation, importance: ImportanceKind, seed: int, cuts: set[int]
-) -> None:
-    """Losses, metrics and gradients of the pieces sum to those of the whole; NLL and empty pieces of it included."""
-    algorithm = AlgorithmConfig(importance=importance, aggregation=aggregation, entropy_coef=0.01, nll_coef=0.5)
-    whole = make_batch(seed=seed)
-    over = denominators_of(whole["mask"], whole["correct"])
-
-    def run(pieces: list[slice]) -> tuple[Tensor, list[Tensor], dict[str, float]]:
-        leaves = [whole[k] for k in ("log_prob", "entropy", "value")]
-        for leaf in leaves:
-            leaf.grad = None
-        total, policy_sums, critic_sums = torch.zeros(()), {}, {}
-        for piece in pieces:
-            part = {k: v[piece] for k, v in whole.items()}
-            policy, sums = policy_of(part, algorithm, over)
-            critic, more = vapo_value_loss(
-                part["value"],
-                part["value_target"],
-                mask=part["mask"],
-                denominators=over,
-                old_value=part["old_value"],
-                clip=0.2,
-            )
-            (policy + critic).backward()
-            total = total + (policy + critic).detach()
-            policy_sums, critic_sums = add_sums(policy_sums, sums), add_sums(critic_sums, more)
-        grads = [leaf.grad.clone() for leaf in leaves]
-        return total, grads, policy_metrics(policy_sums) | value_metrics(critic_sums)
-
-    edges = [0, *sorted(cuts), 8]
-    one, many = run([slice(0, 8)]), run([slice(a, b) for a, b in pairwise(edges)])
-    torch.testing.assert_close(one[0], many[0], rtol=0, atol=1e-6)
-    for a, b in zip(one[1], many[1], strict=True):
-        assert a.isfinite().all()
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
-    assert one[2] == pytest.approx(many[2], abs=1e-6)
-
-
-@pytest.mark.parametrize("importance", list(ImportanceKind))
-def test_nothing_outside_the_mask_is_read(importance: ImportanceKind) -> None:
-    algorithm = AlgorithmConfig(importance=importance, entropy_coef=0.1)
-    batch = make_batch()
-    over = denominators_of(batch["mask"], batch["correct"])
-    loss, sums = policy_of(batch, algorithm, over)
-    loss.backward()
-    zeroed = {
-        k: v.detach().where(batch["mask"], 0) if v.ndim == 2 and v.is_floating_point() else v for k, v in batch.items()
-    }
-    again, _ = policy_of(zeroed, algorithm, over)
-    assert torch.equal(loss, again)
-    assert all(s.isfinite() for s in sums.values())
-    assert batch["log_prob"].grad is not None and not batch["log_prob"].grad[~batch["mask"]].any()
-
-
-def test_decoupled_is_naive_when_prox_is_behaviour() -> None:
-    batch = make_batch(dtype=torch.float64)
-    batch["prox_log_prob"] = batch["sample_log_prob"]
-    over = denominators_of(batch["mask"], batch["correct"])
-    found = []
-    for kind in ImportanceKind:
-        loss, _ = policy_of(batch, AlgorithmConfig(importance=kind), over)
-        found.append((loss, torch.autograd.grad(loss, batch["log_prob"])[0]))
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=1e-12)
+def test_aggregations_by_hand() -> None:
+    """Rows of three tokens and of one: -0.66 / 3 and -4 as means, their sums over four tokens."""
+    second = three_tokens([4, 0, 0])
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    batch = {k: torch.cat([v.detach(), second[k].detach()]) for k, v in three_tokens([1, 2, -3]).items()}
+    batch |= {"mask": mask, "log_prob": batch["log_prob"].clone()}
+    batch["log_prob"][1, 0] = batch["sample_log_prob"][1, 0]  # ratio 1, advantage 4
+    for how, loss in ((LossAggregation.token, (-0.66 - 4) / 4), (LossAggregation.sequence, (-0.22 - 4) / 2)):
+        found, _ = terms_of(batch, PolicySettings(aggregation=how, nll_coef=None))
+        assert found["loss_objective"].item() == pytest.approx(loss)
 
 
 def test_nll_is_exactly_zero_without_a_correct_response() -> None:
     batch = make_batch()
     batch["correct"] = torch.zeros(8, dtype=torch.bool)
-    over = denominators_of(batch["mask"], batch["correct"])
-    with_nll, sums = policy_of(batch, AlgorithmConfig(nll_coef=0.1), over)
-    without, _ = policy_of(batch, AlgorithmConfig(nll_coef=0.0), over)
+    _, sums = terms_of(batch, PolicySettings(nll_coef=0.1))
+    with_nll = loss_and_gradient(batch, PolicySettings(nll_coef=0.1))
+    without = loss_and_gradient(batch, PolicySettings(nll_coef=None))
     assert sums["loss_nll"].item() == 0.0
-    assert torch.equal(with_nll, without)
-    assert torch.equal(*(torch.autograd.grad(x, batch["log_prob"])[0] for x in (with_nll, without)))
+    assert torch.equal(with_nll[0], without[0]) and torch.equal(with_nll[1], without[1])
 
 
-def test_errors_say_what_is_missing() -> None:
-    batch = make_batch()
-    over = denominators_of(batch["mask"], batch["correct"])
-    with pytest.raises(ValueError, match="needs prox_log_prob"):
-        policy_of(batch | {"prox_log_prob": None}, AlgorithmConfig(), over)  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match="pass the entropy"):
-        policy_of(batch | {"entropy": None}, AlgorithmConfig(entropy_coef=0.1), over)  # type: ignore[dict-item]
-    with pytest.raises(ValueError, match=r"advantage \[8, 6\]"):
-        policy_of(batch | {"advantage": batch["advantage"][:, 1:]}, AlgorithmConfig(), over)
+@pytest.mark.parametrize("importance", list(ImportanceKind))
+def test_dropped_tokens_touch_the_objective_only(importance: ImportanceKind) -> None:
+    batch = make_batch(seed=4)
+    settings = PolicySettings(importance=importance, m2po_threshold=1e9, **ALL_TERMS)
+    before, _ = terms_of(batch, settings)
+    i, t = batch["mask"].nonzero()[2].tolist()
+    batch["keep"] = torch.ones_like(batch["mask"])
+    batch["keep"][i, t] = False
+    after, sums = terms_of(batch, settings)
+    for name in ("loss_nll", "loss_entropy", "loss_kl"):
+        assert torch.equal(before[name], after[name])
+    all_of_it, rest = (torch.autograd.grad(x["loss_objective"], batch["log_prob"])[0] for x in (before, after))
+    assert rest[i, t] == 0
+    others = batch["mask"] & batch["keep"]
+    assert torch.equal(rest[others], all_of_it[others])  # the denominator has not moved
+    assert sums["kept"] == sums["tokens"] - 1
+
+
+def test_metrics_by_hand() -> None:
+    """Decoupled with a cap of 1.5, the second token dropped by the caller."""
+    batch = three_tokens([1, 2, -3]) | {"keep": torch.tensor([[True, False, True]])}
+    _, sums = terms_of(batch, PolicySettings(importance=DECOUPLED, behaviour_weight_cap=1.5))
+    assert all(v.dtype is torch.float64 and v.shape == () and not v.requires_grad for v in sums.values())
+    metrics = {k: v.item() for k, v in policy_metrics(sums).items()}
+    rho = [0.5, 3.0, 0.5]
+    expected = {
+        "loss_objective": (-0.5 + 2.4) / 3,
+        "loss_nll": 0.1 * 3.5065579 / 3,
+        "nll": 3.5065579 / 3,
+        "positive_share": 1.0,
+        "kept_share": 2 / 3,
+        "clip_low": 1 / 3,
+        "clip_high": 0.0,  # the second token's clip counts for nothing, as it is dropped
+        "behaviour_weight": (0.5 + 1.5 + 1) / 3,
+        "behaviour_weight_capped": 1 / 3,
+        "ratio": 4 / 3,
+        "ess": 4**2 / (3 * (0.25 + 9 + 0.25)),
+        "kl_behaviour": sum(x - 1 - math.log(x) for x in rho) / 3,
+        "kl_reference": sum(x - 1 - math.log(x) for x in [1.0, 1.5, 0.5]) / 3,
+        "entropy": 1.0,
+        "kl": 0.5 / 3,
+    }
+    assert metrics == pytest.approx(expected, rel=1e-7)
+    batch["keep"] = torch.tensor([[True, True, False]])  # and now for the third token's, on the other side
+    metrics = policy_metrics(terms_of(batch, PolicySettings(importance=DECOUPLED))[1])
+    assert metrics["clip_low"].item() == 0.0 and metrics["clip_high"].item() == pytest.approx(1 / 3)
+
+
+def test_metrics_of_dis_and_of_what_is_absent() -> None:
+    batch = three_tokens([1, 2, -3])
+    settings = PolicySettings(importance=DIS, clip_low=0.3, clip_high=1.5, nll_coef=None)
+    _, sums = policy_terms(
+        batch["log_prob"],
+        None,
+        mask=batch["mask"],
+        advantage=batch["advantage"],
+        sample_log_prob=batch["sample_log_prob"],
+        settings=settings,
+        denominators=denominators_of(batch["mask"]),
+    )
+    metrics = policy_metrics(sums)
+    assert metrics["clip_low"].item() == pytest.approx(2 / 3) and metrics["clip_high"].item() == pytest.approx(1 / 3)
+    assert metrics["kept_share"].item() == metrics["behaviour_weight"].item() == 1.0
+    assert not {"nll", "positive_share", "entropy", "kl"} & metrics.keys()
 
 
 def test_value_metrics_by_hand() -> None:
@@ -267,7 +218,10 @@ def test_value_metrics_by_hand() -> None:
     target = torch.tensor([[1.0, 2.0, 3.0]])
     loss, sums = vapo_value_loss(torch.tensor([[1.0, 2.0, 2.0]]), target, mask=mask, denominators=Denominators(3, 1, 0))
     metrics = value_metrics(sums)
-    assert loss.item() == metrics["loss_critic"] == pytest.approx(1 / 6)
-    assert metrics["explained_variance"] == pytest.approx(1 - (1 / 3 - 1 / 9) / (2 / 3))
+    assert loss.item() == metrics["loss_critic"].item() == pytest.approx(1 / 6)
+    assert metrics["explained_variance"].item() == pytest.approx(1 - (1 / 3 - 1 / 9) / (2 / 3))
+    assert metrics["value_mean"].item() == pytest.approx(5 / 3) and metrics["target_mean"].item() == 2.0
     _, sums = vapo_value_loss(target, torch.full_like(target, 0.1), mask=mask, denominators=Denominators(3, 1, 0))
-    assert value_metrics(sums)["explained_variance"] == 0.0
+    assert value_metrics(sums)["explained_variance"].item() == 0.0
+    _, sums = vapo_value_loss(target, target, mask=~mask, denominators=Denominators(3, 1, 0))
+    assert all(m.item() == 0.0 for m in value_metrics(sums).values())

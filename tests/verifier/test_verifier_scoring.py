@@ -20,8 +20,8 @@ LIMITS = VerifierConfig(workers=1, timeout_s=2.0)
 
 @pytest.fixture(scope="module")
 def chain_sum() -> Iterator[TaskVerifier]:
-    task = ChainSumTaskConfig(answer_style=AnswerStyle.hash, max_response_tokens=100, overlong_cache_tokens=20)
-    with TaskVerifier(task, LIMITS) as verifier:
+    task = ChainSumTaskConfig(answer_style=AnswerStyle.hash, max_response_tokens=100)
+    with TaskVerifier(task, LIMITS, overlong_cache_tokens=20) as verifier:
         yield verifier
 
 
@@ -42,7 +42,7 @@ def test_dataset_counts_timeouts() -> None:
     task = DatasetTaskConfig(train="unused.jsonl", reward_wrong=0.0)
     problem = Problem(0, "?", r"\frac{1}{2}")
     texts = [r"so \boxed{0.5}", r"\boxed{10^{10^{10}}!}", r"\boxed{2/4}", "0.5", r"\boxed{" + "1" * 5000 + "}"]
-    with TaskVerifier(task, LIMITS) as verifier:
+    with TaskVerifier(task, LIMITS, overlong_cache_tokens=20) as verifier:
         scores = verifier.score([ScoreRequest(problem, text, 10) for text in texts])
         assert [score.correct for score in scores] == [True, False, True, False, False]
         assert [score.note for score in scores] == ["", "timeout", "", "no answer", "too long"]

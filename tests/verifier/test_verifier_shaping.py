@@ -24,7 +24,7 @@ def test_monotone_and_bounded(max_tokens: int, data: st.DataObject) -> None:
 
 
 def test_a_cache_beyond_the_limit_is_refused() -> None:
-    with pytest.raises(ValueError, match="overlong_cache_tokens is 9"):
+    with pytest.raises(ValueError, match="cache_tokens is 9"):
         overlong_penalty(1, max_tokens=8, cache_tokens=9)
 
 

@@ -1,7 +1,7 @@
 """Tickets, ages and bounded storage: a state machine that never waits (docs/staleness.md).
 
     admit ──ticket──▶ (collector, verifier) ──▶ commit ──▶ take ──batch──▶ (learner) ──▶ publish
-                               └──────────────▶ refund
+                               └──────────────▶ refund, reject
 
 Every method returns at once; the launcher does the waiting. One thread at a time: the class holds no lock.
 Learner's turn: ``take`` until it gives a batch, train, ``publish``, and again.
@@ -107,6 +107,11 @@ class RolloutBuffer:
         self._budget.refund()
         self._refund_reasons[reason] = self._refund_reasons.get(reason, 0) + 1
 
+    def reject(self, ticket_id: int, group: TensorDictBase, reason: str) -> None:
+        """Ends a ticket with a refund though it has its group, which nobody is to train on. Raises as ``commit``."""
+        check_group(self._running(ticket_id).ticket, group, self._group_size)
+        self.refund(ticket_id, reason)
+
     def take(self) -> Batch | None:
         """The B oldest finished groups, or None while :meth:`why_waiting` has a reason.
 
@@ -166,6 +171,11 @@ class RolloutBuffer:
     def ready(self) -> int:
         """Groups that are committed and not taken."""
         return self._ready
+
+    @property
+    def committed(self) -> int:
+        """Groups committed over the whole run, resumes included."""
+        return self._committed
 
     @property
     def refund_reasons(self) -> dict[str, int]:

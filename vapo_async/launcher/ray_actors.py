@@ -29,7 +29,7 @@ from vapo_async.build import (
 )
 from vapo_async.collector.collector import FinishedGroup
 from vapo_async.config import Config
-from vapo_async.flow import Assignment
+from vapo_async.flow import Assignment, FlowCounters
 from vapo_async.launcher.inline import FLOW_FILE
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import UpdateResult
@@ -59,12 +59,16 @@ class FlowActor:
             return assignments
 
     async def commit(self, ticket_id: int, group: TensorDictBase) -> None:
+        """Wakes who waits for a batch and, as the group may be refused, who waits for a ticket."""
         async with self._changed:
             self._flow.commit(ticket_id, group)
             self._changed.notify_all()
 
     async def take(self) -> tuple[list[int], int, Any] | None:
-        """Waits for a batch: its ages, its version and a reference to its trajectories. None once closed."""
+        """Waits for a batch: its ages, its version and a reference to its trajectories. None once closed.
+
+        Raises ``RunError`` when dynamic sampling runs out of patience.
+        """
         async with self._changed:
             batch: Batch | None
             while (batch := self._flow.take()) is None:
@@ -87,9 +91,8 @@ class FlowActor:
     async def why_waiting(self) -> str:
         return self._flow.why_waiting()
 
-    async def counters(self) -> tuple[dict[str, int], int]:
-        """Tickets; prompts that were too long."""
-        return self._flow.ticket_counts(), self._flow.prompts_left_out
+    async def counters(self) -> FlowCounters:
+        return self._flow.counters()
 
     async def save(self, folder: Path) -> None:
         (folder / FLOW_FILE).write_text(json.dumps(self._flow.state_dict(), indent=1))

@@ -1,5 +1,6 @@
 """VAPO's learner: one batch of trajectories becomes critic and policy updates. Knows no process layout."""
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,28 +9,25 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vapo_async.config import AdvantageKind, AlgorithmConfig, ImportanceKind, TorchLearnerConfig
+from vapo_async.config import AlgorithmConfig, ImportanceKind, MismatchKind, TorchLearnerConfig, ValueTargetKind
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.batch import LearnerBatch
+from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics, engine_mismatch
+from vapo_async.learner.estimates import write_advantages, write_value_targets
 from vapo_async.learner.models import Critic, policy_log_probs
 from vapo_async.learner.packing import microbatches, minibatches
-from vapo_async.objectives.advantage import (
-    explained_variance,
-    generalized_advantage,
-    group_advantage,
-    length_adaptive_lambda,
-    value_targets,
-    whiten,
-)
+from vapo_async.objectives.importance import m2po_keep
 from vapo_async.objectives.losses import (
+    Denominators,
     Sums,
     add_sums,
     denominators_of,
     policy_metrics,
+    policy_terms,
     value_metrics,
-    vapo_policy_loss,
     vapo_value_loss,
 )
+from vapo_async.objectives.settings import PolicySettings
 
 
 @dataclass(frozen=True)
@@ -74,6 +72,8 @@ class Learner:
         self._device = torch.device(config.device)
         nn.Module.to(policy, self._device)
         self.policy = policy.eval()  # eval: no dropout, the ratios compare like with like
+        self._settings = PolicySettings.of(algorithm)
+        self._reference = None if self._settings.kl_coef is None else copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = None if critic is None else critic.to(self._device).eval()
         self.policy_backend = _backend(self.policy, algorithm.policy_lr, algorithm)
         self.critic_backend = None if self.critic is None else _backend(self.critic, algorithm.critic_lr, algorithm)
@@ -94,27 +94,32 @@ class Learner:
         Raises:
             LearnerDivergedError: a gradient norm is not finite; nothing was stepped with it.
         """
-        batch = LearnerBatch.from_trajectories(trajectories, self._device)
+        batch = LearnerBatch.from_trajectories(trajectories, self._device, version)
+        if self._algorithm.overlong_filter:
+            batch.leave_out_truncated()
         pretraining = self.in_value_pretraining
-        metrics = self._evaluate(batch, version)
-        self._estimate_advantages(batch, pretraining)
+        metrics = batch_metrics(batch) | self._evaluate(batch, pretraining)
+        write_advantages(batch, self._algorithm)
         if self.critic is not None:
-            metrics["explained_variance"] = float(explained_variance(batch.state_value, batch.value_target, batch.mask))
+            write_value_targets(batch, self._algorithm, pretraining=pretraining)
+            metrics |= critic_metrics(batch)
             if pretraining:
                 self.pretraining_variances.append(metrics["explained_variance"])
         before = self.policy_backend.step_count, self._critic_steps()
         history: list[dict[str, float]] = []
         for _ in range(self._algorithm.epochs):
             order = torch.randperm(len(batch), generator=self.generator).tolist()
-            for rows in minibatches(order, self._algorithm.minibatches):
+            trained = batch.trained.any(1).tolist()
+            for rows in minibatches([r for r in order if trained[r]], self._algorithm.minibatches):
                 history.append(self._minibatch(batch, sorted(rows), pretraining))
         self.batches += 1
         pretraining_ends = pretraining and not self.in_value_pretraining
-        for key in history[-1]:
-            metrics[key] = sum(h[key] for h in history) / len(history)
+        for key in history[-1] if history else ():
+            # What was measured on the batch's start comes before means over its mini-batches.
+            metrics.setdefault(key, sum(h[key] for h in history) / len(history))
         return UpdateResult(
             metrics,
-            tokens=int(batch.mask.sum()),
+            tokens=int(batch.trained.sum()),
             policy_steps=self.policy_backend.step_count - before[0],
             critic_steps=self._critic_steps() - before[1],
             policy_changed=not pretraining,
@@ -125,105 +130,98 @@ class Learner:
         return 0 if self.critic_backend is None else self.critic_backend.step_count
 
     @torch.no_grad()
-    def _evaluate(self, batch: LearnerBatch, version: int) -> dict[str, float]:
-        """Writes ``prox_log_prob`` and ``state_value`` with the weights of the start of the batch."""
+    def _evaluate(self, batch: LearnerBatch, pretraining: bool) -> dict[str, float]:
+        """Writes ``prox_log_prob``, ``ref_log_prob`` and ``state_value`` with the weights of the start of the batch."""
         entropy = torch.zeros_like(batch.sample_log_prob)
+        needs_prox = pretraining or _needs_prox(self._algorithm)
         for rows in microbatches(batch.lengths, self._config.max_tokens_per_microbatch):
             tokens, mask = self._rows(batch, rows)
             width = tokens.shape[1]
-            batch.prox_log_prob[rows, :width], entropy[rows, :width] = self._log_probs(tokens, mask)
+            if needs_prox:
+                log_probs = self._log_probs(self.policy, tokens, mask)
+                batch.prox_log_prob[rows, :width], entropy[rows, :width] = log_probs
+            if self._reference is not None and not pretraining:
+                batch.ref_log_prob[rows, :width] = self._log_probs(self._reference, tokens, mask)[0]
             if self.critic is not None:
                 batch.state_value[rows, :width] = self.critic(tokens, mask)
-        mask, count = batch.mask, float(batch.mask.sum())
-        lengths = batch.response_lengths.float()
-        gap = (batch.prox_log_prob - batch.sample_log_prob)[mask & (batch.policy_version == version)].abs()
-        return {
-            "reward": float(batch.reward.sum(1).mean()),
-            "correct": float(batch.correct.float().mean()),
-            "response_length": float(lengths.mean()),
-            "response_length_max": float(lengths.max()),
-            "truncated": float(batch.truncated.float().mean()),
-            "entropy": float(entropy[mask].sum()) / count,
-            "mixed_versions": float(_mixed_versions(batch).float().mean()),
-            "token_age": float((version - batch.policy_version[mask]).float().mean()),
-            "engine_mismatch_max": float(gap.max()) if len(gap) else 0.0,
-            "groups_mixed": _mixed_groups(batch),
-        }
-
-    def _estimate_advantages(self, batch: LearnerBatch, pretraining: bool) -> None:
-        """Advantages and targets, once for the whole batch and before any whitening."""
-        a = self._algorithm
-        match a.advantage:
-            case AdvantageKind.group:
-                batch.advantage = group_advantage(batch.reward.sum(1), batch.group_id, batch.mask)
-                return
-            case AdvantageKind.gae:
-                lmbda: Tensor | float = a.lmbda
-                if a.length_adaptive:
-                    lmbda = length_adaptive_lambda(batch.response_lengths, a.alpha)
-                batch.advantage = generalized_advantage(batch.state_value, batch.reward, batch.mask, a.gamma, lmbda)
-        lmbda_critic = 1.0 if pretraining else a.lmbda_critic
-        batch.value_target = value_targets(batch.state_value, batch.reward, batch.mask, a.gamma, lmbda_critic)
-        if a.whiten_advantage:
-            batch.advantage = whiten(batch.advantage, batch.mask)
+        if not needs_prox:
+            return {}
+        return {"entropy": float(entropy[batch.mask].mean())} | engine_mismatch(batch)
 
     def _minibatch(self, batch: LearnerBatch, rows: list[int], pretraining: bool) -> dict[str, float]:
         """One optimizer step of the policy, K of the critic; denominators are global to ``rows``."""
-        denominators = denominators_of(batch.mask[rows], batch.correct[rows])
+        denominators = denominators_of(batch.trained[rows], batch.correct[rows])
         cut = microbatches([batch.lengths[r] for r in rows], self._config.max_tokens_per_microbatch)
         pieces = [[rows[i] for i in piece] for piece in cut]
+        metrics = self._critic_steps_on(batch, pieces, denominators, pretraining)
+        return metrics if pretraining else metrics | self._policy_step_on(batch, rows, pieces, denominators)
+
+    def _critic_steps_on(
+        self, batch: LearnerBatch, pieces: list[list[int]], denominators: Denominators, pretraining: bool
+    ) -> dict[str, float]:
+        if self.critic is None or self.critic_backend is None:
+            return {}
         metrics: dict[str, float] = {}
-        if self.critic is not None and self.critic_backend is not None:
-            for _ in range(self._algorithm.critic_updates):
-                sums: Sums = {}
-                for piece in pieces:
-                    tokens, mask = self._rows(batch, piece)
-                    width = tokens.shape[1]
-                    loss, more = vapo_value_loss(
-                        self.critic(tokens, mask),
-                        batch.value_target[piece, :width],
-                        mask=mask,
-                        denominators=denominators,
-                        old_value=batch.state_value[piece, :width],
-                        clip=None if pretraining else self._algorithm.value_clip,
-                    )
-                    loss.backward()
-                    sums = add_sums(sums, more)
-                metrics |= {"loss_critic": value_metrics(sums)["loss_critic"]}
-                metrics["grad_norm_critic"] = self.critic_backend.step()
-        if pretraining:
-            return metrics
-        sums = {}
+        for _ in range(self._algorithm.critic_updates):
+            sums: Sums = {}
+            for piece in pieces:
+                tokens, mask = self._rows(batch, piece)
+                width = tokens.shape[1]
+                loss, more = vapo_value_loss(
+                    self.critic(tokens, mask),
+                    batch.value_target[piece, :width],
+                    mask=batch.trained[piece, :width],
+                    denominators=denominators,
+                    old_value=batch.state_value[piece, :width],
+                    clip=None if pretraining else self._algorithm.value_clip,
+                )
+                loss.backward()
+                sums = add_sums(sums, more)
+            metrics = {"loss_critic": float(value_metrics(sums)["loss_critic"])}
+            metrics["grad_norm_critic"] = self.critic_backend.step()
+        return metrics
+
+    def _policy_step_on(
+        self, batch: LearnerBatch, rows: list[int], pieces: list[list[int]], denominators: Denominators
+    ) -> dict[str, float]:
+        keep = torch.ones_like(batch.trained)
+        if self._algorithm.importance is ImportanceKind.m2po:  # over the whole mini-batch, however it is cut
+            log_ratio = batch.prox_log_prob[rows] - batch.sample_log_prob[rows]
+            keep[rows] = m2po_keep(
+                log_ratio, batch.advantage[rows], batch.trained[rows], self._algorithm.m2po_threshold
+            )
+        sums: Sums = {}
         for piece in pieces:
             tokens, mask = self._rows(batch, piece)
             width = tokens.shape[1]
-            log_prob, entropy = self._log_probs(tokens, mask)
-            loss, more = vapo_policy_loss(
+            log_prob, entropy = self._log_probs(self.policy, tokens, mask)
+            losses, more = policy_terms(
                 log_prob,
                 entropy,
-                mask=mask,
+                mask=batch.trained[piece, :width],
                 advantage=batch.advantage[piece, :width],
                 sample_log_prob=batch.sample_log_prob[piece, :width],
-                prox_log_prob=(
-                    None if self._algorithm.importance is ImportanceKind.naive else batch.prox_log_prob[piece, :width]
-                ),
+                prox_log_prob=batch.prox_log_prob[piece, :width],
+                ref_log_prob=None if self._reference is None else batch.ref_log_prob[piece, :width],
+                age=batch.age[piece, :width],
+                keep=keep[piece, :width],
                 correct=batch.correct[piece],
-                algorithm=self._algorithm,
+                settings=self._settings,
                 denominators=denominators,
             )
-            loss.backward()
+            sum(losses.values(), start=log_prob.new_zeros(())).backward()
             sums = add_sums(sums, more)
-        metrics["grad_norm_policy"] = self.policy_backend.step()
-        return metrics | {k: v for k, v in policy_metrics(sums).items() if k != "entropy"}
+        metrics = {"grad_norm_policy": self.policy_backend.step()}
+        return metrics | {key: float(value) for key, value in policy_metrics(sums).items()}
 
     def _rows(self, batch: LearnerBatch, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Tokens and mask of some rows, [n, their longest]."""
         width = max(batch.lengths[r] for r in rows)
         return batch.tokens[rows, :width], batch.mask[rows, :width]
 
-    def _log_probs(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_probs(self, policy: PreTrainedModel, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         return policy_log_probs(
-            self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._config.logprob_chunk_tokens
+            policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._config.logprob_chunk_tokens
         )
 
 
@@ -252,16 +250,7 @@ def _backend(module: nn.Module, lr: float, algorithm: AlgorithmConfig) -> TorchB
     )
 
 
-def _mixed_versions(batch: LearnerBatch) -> Tensor:
-    """[N] bool: responses that a publication reached in flight, so that their tokens carry several versions."""
-    last = batch.policy_version.masked_fill(~batch.mask, torch.iinfo(torch.int32).min).amax(1)
-    first = batch.policy_version.masked_fill(~batch.mask, torch.iinfo(torch.int32).max).amin(1)
-    return last > first
-
-
-def _mixed_groups(batch: LearnerBatch) -> float:
-    """Share of groups with right and wrong answers both: those that group-relative methods could learn from."""
-    right: dict[int, set[bool]] = {}
-    for group, correct in zip(batch.group_id.tolist(), batch.correct.tolist(), strict=True):
-        right.setdefault(group, set()).add(correct)
-    return sum(len(kinds) == 2 for kinds in right.values()) / len(right)
+def _needs_prox(algorithm: AlgorithmConfig) -> bool:
+    """A-3PO is there to save this pass; everything else reads it, if only for the metrics."""
+    saves = algorithm.importance is ImportanceKind.a3po and algorithm.mismatch is MismatchKind.none
+    return not saves or algorithm.value_target is ValueTargetKind.vtrace

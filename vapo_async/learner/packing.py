@@ -9,6 +9,8 @@ def minibatches(order: Sequence[int], count: int) -> list[list[int]]:
 
     Fewer rows than parts: one part per row.
     """
+    if not order:
+        return []
     count = min(count, len(order))
     size, larger = divmod(len(order), count)
     ends = [size * i + min(i, larger) for i in range(count + 1)]

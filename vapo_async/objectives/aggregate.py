@@ -39,11 +39,10 @@ def denominator_of(mask: Tensor, how: LossAggregation) -> Tensor:
     return mask.sum() if how is LossAggregation.token else mask.any(1).sum()
 
 
-def at_least_one(denominator: Tensor | float, like: Tensor) -> Tensor:
-    """``denominator`` on the device of ``like``, with 0 replaced by 1; ``ValueError`` for a negative number."""
-    if not isinstance(denominator, Tensor):
-        if not denominator >= 0:
-            raise ValueError(f"a denominator must not be negative, got {denominator}")
-        denominator = torch.tensor(float(denominator), dtype=torch.float64)
-    denominator = denominator.to(like.device)
-    return torch.where(denominator == 0, 1, denominator).to(like.dtype)
+def at_least_one(denominator: Tensor | float, like: Tensor) -> Tensor | float:
+    """``denominator`` with 0 replaced by 1, in the dtype of ``like``; ``ValueError`` for a negative number."""
+    if isinstance(denominator, Tensor):
+        return torch.where(denominator == 0, 1, denominator).to(like.dtype)
+    if not denominator >= 0:
+        raise ValueError(f"a denominator must not be negative, got {denominator}")
+    return denominator or 1

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor
 
-from vapo_async.objectives.checks import check_same_shape
+from vapo_async.objectives.checks import check_above, check_same_shape
+from vapo_async.objectives.settings import Coefficient
 
 
-def value_loss(value: Tensor, target: Tensor, old_value: Tensor | None = None, clip: float | None = None) -> Tensor:
+def value_loss(
+    value: Tensor, target: Tensor, old_value: Tensor | None = None, clip: Coefficient | None = None
+) -> Tensor:
     """½ (V − R)² per token; with ``clip`` = c, ½ max((V − R)², (V_old + clip(V − V_old, −c, c) − R)²).
 
     Args:
@@ -24,9 +27,8 @@ def value_loss(value: Tensor, target: Tensor, old_value: Tensor | None = None, c
     if clip is not None:
         if old_value is None:
             raise ValueError("value clipping needs old_value, the values at the start of the batch")
-        if not clip > 0:
-            raise ValueError(f"clip must be positive or None, got {clip}")
+        check_above(0, clip=clip)
         check_same_shape(value=value, old_value=old_value)
         old_value = old_value.detach()
-        loss = torch.maximum(loss, (old_value + (value - old_value).clamp(-clip, clip) - target).square())
+        loss = torch.maximum(loss, (old_value + (value - old_value).clamp(min=-clip).clamp(max=clip) - target).square())
     return 0.5 * loss

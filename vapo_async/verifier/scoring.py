@@ -25,13 +25,15 @@ class ScoreRequest:
 class TaskVerifier:
     """Judges the responses of one task. Threads may share it.
 
+    ``overlong_cache_tokens`` is L_cache of the soft overlong punishment, 0 = off.
+
     Counters since the start: ``scored`` responses, of them ``timeouts`` and ``crashes`` of the judging process.
     """
 
-    def __init__(self, task: TaskConfig, verifier: VerifierConfig) -> None:
+    def __init__(self, task: TaskConfig, verifier: VerifierConfig, overlong_cache_tokens: int = 0) -> None:
         if not isinstance(task, ChainSumTaskConfig | DatasetTaskConfig):
             raise ConfigError(f"task is a {type(task).__name__}, expected one with a verifier: chain_sum or dataset")
-        self._task = task
+        self._task, self._overlong_cache_tokens = task, overlong_cache_tokens
         self._sandbox = Sandbox(verifier.workers, verifier.timeout_s, verifier.memory_mb)
         self.scored = 0
         self.timeouts = 0
@@ -76,6 +78,6 @@ class TaskVerifier:
             reward_correct=self._task.reward_correct,
             reward_wrong=self._task.reward_wrong,
             max_response_tokens=self._task.max_response_tokens,
-            overlong_cache_tokens=self._task.overlong_cache_tokens,
+            overlong_cache_tokens=self._overlong_cache_tokens,
         )
         return Score(outcome.correct, reward, outcome.note)

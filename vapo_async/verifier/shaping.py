@@ -7,9 +7,7 @@ def overlong_penalty(length_tokens: int, max_tokens: int, cache_tokens: int) -> 
     0 while l ≤ L_max − L_cache; ((L_max − L_cache) − l) / L_cache up to L_max; −1 beyond.
     """
     if cache_tokens < 0 or cache_tokens > max_tokens:
-        raise ValueError(
-            f"task.overlong_cache_tokens is {cache_tokens}, expected 0 … max_response_tokens ({max_tokens})"
-        )
+        raise ValueError(f"cache_tokens is {cache_tokens}, expected 0 … max_tokens ({max_tokens})")
     excess = length_tokens - (max_tokens - cache_tokens)
     if cache_tokens == 0 or excess <= 0:
         return 0.0
