@@ -8,6 +8,7 @@ from vapo_async.config import ConfigError, RunError
 def main(arguments: list[str]) -> int:
     """Exit code: 0 finished, 1 failed, 2 a mistake in what was asked for, 130 interrupted (resume=auto goes on)."""
     from vapo_async.config_load import help_text
+    from vapo_async.config_unread import unread_notes
     from vapo_async.launcher.preflight import configure, preflight
 
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -22,6 +23,8 @@ def main(arguments: list[str]) -> int:
         with Console() as console:
             for change in changes:
                 console.note(f"changed for the rest of the run: {change}")
+            for line in unread_notes(config, arguments):
+                console.note(line)
             summary, _ = launch(config, console, arguments)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError, without_groups
 from vapo_async.config_checks import check_config
 from vapo_async.config_help import describe_type, every_key, field_docs, field_types, help_page
+from vapo_async.config_unread import unread
 
 
 def default_config_dir() -> Path:
@@ -44,13 +45,16 @@ def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Con
     parsed = [_parse(text) for text in overrides]
     chosen = [choice for o in parsed if o.key_or_group in choices for choice in _check_choice(o, choices)]
     cfg = _compose(folder, chosen)
-    for choice in chosen:
-        if choice.startswith("ablation=") and cfg == _compose(folder, [c for c in chosen if c != choice]):
-            raise ConfigError(f"{choice} changes nothing here: the technique is off already")
     for override in parsed:
         if override.key_or_group not in choices:
             _apply(cfg, override, folder)
-    return _to_config(cfg)
+    config = _to_config(cfg)
+    for choice in chosen:
+        if choice.startswith("ablation="):
+            _check_ablation(
+                config, choice, _compose(folder, chosen), _compose(folder, [c for c in chosen if c != choice])
+            )
+    return config
 
 
 def group_choices(config_dir: Path | None = None) -> dict[str, list[str]]:
@@ -165,6 +169,17 @@ def _check_choice(override: Override, choices: dict[str, list[str]]) -> list[str
             f"{nearest(str(value), known)}"
         )
     return [f"{group}={value}"]
+
+
+def _check_ablation(config: Config, choice: str, with_it: DictConfig, without: DictConfig) -> None:
+    """An ablation that takes nothing away would be a false result."""
+    before, after = (dict(_leaves("", OmegaConf.to_container(cfg))) for cfg in (without, with_it))
+    changed = [key for key in after if after[key] != before[key]]
+    if not changed:
+        raise ConfigError(f"{choice} changes nothing here: the technique is off already")
+    reasons = unread(config)
+    if all(key in reasons for key in changed):
+        raise ConfigError(f"{choice} changes nothing here: {changed[0]} has no effect with {reasons[changed[0]]}")
 
 
 def _compose(folder: Path, chosen: list[str]) -> DictConfig:

@@ -21,7 +21,14 @@ MISTAKES = [
     (["task=gms8k"], "unknown choice 'task=gms8k'; choices: chain_sum, gsm8k, math; did you mean 'gsm8k'?"),
     (["experiment=quik"], "did you mean 'quick'?"),
     (["ablation=no_cliphigher"], "did you mean 'no_clip_higher'?"),
-    (["algorithm=ppo", "ablation=no_clip_higher"], "ablation=no_clip_higher changes nothing here"),
+    (
+        ["algorithm=ppo", "ablation=no_clip_higher"],
+        "changes nothing here: the technique is off already",
+    ),
+    (
+        ["algorithm=grpo", "ablation=no_decoupled_gae"],
+        "changes nothing here: algorithm.lmbda_critic has no effect with algorithm.advantage=group",
+    ),
     (["algorithm=dapo", "ablation=no_group_sampling"], "algorithm.group_sampling must be true with"),
     (["launcher=null"], "unknown choice 'launcher=null'; choices: inline, ray"),
     (["algorithm=base_schema"], "unknown choice 'algorithm=base_schema'"),
