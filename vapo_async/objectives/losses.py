@@ -76,7 +76,7 @@ def policy_terms(
     keep: Tensor | None = None,
     correct: Tensor | None = None,
     settings: PolicySettings,
-    denominators: Denominators,
+    denominators: Denominators | None,
 ) -> tuple[Terms, Sums]:
     """L = L_objective + μ L_NLL − c_H H + β KL, this micro-batch's share of VAPO's policy loss (2504.05118).
 
@@ -105,7 +105,7 @@ def policy_terms(
             mini-batch. With ``m2po`` and None it is computed from this micro-batch alone.
         correct: the verifier's verdict, bool, [B] or per token [B, T]; needed by ``nll_coef``.
         settings: what the objective is made of.
-        denominators: of the global optimizer mini-batch.
+        denominators: of the global optimizer mini-batch; None leaves every loss per token, [B, T], undivided.
 
     Returns:
         (losses, sums). ``losses``, with gradient and with their coefficients: ``loss_objective``, ``loss_nll``,
@@ -144,6 +144,8 @@ def policy_terms(
     )
 
     def share(per_token: Tensor) -> Tensor:
+        if denominators is None:
+            return per_token
         how = settings.aggregation
         over = denominators.tokens if how is LossAggregation.token else denominators.sequences
         return aggregate(per_token, mask, how, over)
@@ -154,8 +156,9 @@ def policy_terms(
         nll = positive_nll(log_prob, mask, correct)
         sums |= {"nll": nll.sum(), "positive_tokens": positive_tokens(mask, correct).sum()}
         if settings.nll_coef is not None:
-            mean = aggregate(nll, mask, LossAggregation.token, denominators.positive_tokens)
-            losses["loss_nll"] = settings.nll_coef * mean
+            if denominators is not None:
+                nll = aggregate(nll, mask, LossAggregation.token, denominators.positive_tokens)
+            losses["loss_nll"] = settings.nll_coef * nll
     elif settings.nll_coef is not None:
         raise ValueError("nll_coef is not None: pass correct, the verifier's verdict, bool [B]")
     if entropy is not None:
@@ -187,7 +190,7 @@ def policy_terms(
             "behaviour_weight": torch.where(mask, objective.weight, 0.0).sum(),
             "behaviour_weight_capped": objective.capped.sum(),
         }
-    return losses, {key: value.detach().double() for key, value in (losses | sums).items()}
+    return losses, {key: value.detach().double().sum() for key, value in (losses | sums).items()}
 
 
 def policy_metrics(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:

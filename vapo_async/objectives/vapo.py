@@ -264,10 +264,8 @@ class VAPOLoss(CoefficientBuffers):
         denominators = UNDIVIDED
         if self.reduction == "mean":
             denominators = batch.denominators() if self.denominators is None else self.denominators
-        losses, sums = batch.terms(denominators)
+        losses, sums = batch.terms(None if self.reduction == "none" else denominators)
         metrics = policy_metrics(sums)
-        if self.reduction == "none":
-            losses = batch.terms_per_step()
         if self._critic is not None and self.critic_coeff is not None:
             old_value = None if self.clip_value is None else inputs.required("value", keys.value, mask)
             target = inputs.required("value_target", keys.value_target, mask)

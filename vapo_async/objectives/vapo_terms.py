@@ -8,9 +8,7 @@ from torch import Tensor
 
 from vapo_async.config import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.losses import Denominators, Sums, Terms, denominators_of, policy_terms
-from vapo_async.objectives.policy import kl_to_reference
 from vapo_async.objectives.settings import PolicySettings
-from vapo_async.objectives.surrogate import surrogate
 from vapo_async.objectives.vapo_inputs import StepInputs, VAPOKeys
 
 UNDIVIDED = Denominators(tokens=1, sequences=1, positive_tokens=1)
@@ -84,13 +82,16 @@ class PolicyBatch:
         """The counts of this batch alone."""
         return denominators_of(self.mask, self.correct)
 
-    def terms(self, denominators: Denominators) -> tuple[Terms, Sums]:
-        """The terms as this batch's shares of the mini-batch, and the sums for the metrics."""
-        if not isinstance(denominators, Denominators):
+    def terms(self, denominators: Denominators | None) -> tuple[Terms, Sums]:
+        """The terms as this batch's shares of the mini-batch, and the sums for the metrics.
+
+        With None the terms are per step, [N] or [B, T], with their coefficients, not summed and not divided.
+        """
+        if denominators is not None and not isinstance(denominators, Denominators):
             raise ValueError(f"denominators must be None or what denominators_of returns, got {denominators!r}")
         age = self.entries.get("policy_age")
         given = {name: entry for name, entry in self.entries.items() if name != "policy_age"}
-        return policy_terms(
+        losses, sums = policy_terms(
             self.log_prob,
             self.entropy,
             mask=self.mask,
@@ -101,30 +102,9 @@ class PolicyBatch:
             settings=self.settings,
             denominators=denominators,
         )
-
-    def terms_per_step(self) -> Terms:
-        """The terms with their coefficients, not summed and not divided: [N] or [B, T], 0 outside the mask."""
-        mask, settings = self.mask, self.settings
-        log_prob = torch.where(mask, self.log_prob, 0.0)
-        given = {name: torch.where(mask, entry.detach(), 0.0) for name, entry in self.entries.items()}
-        objective = surrogate(
-            log_prob,
-            mask=mask,
-            advantage=given["advantage"],
-            sample_log_prob=given["sample_log_prob"],
-            prox_log_prob=given.get("prox_log_prob"),
-            age=given.get("policy_age"),
-            keep=self.keep,
-            settings=settings,
-        )
-        losses = {"loss_objective": objective.loss}
-        if settings.nll_coef is not None and self.correct is not None:
-            losses["loss_nll"] = settings.nll_coef * torch.where(self.correct[:, None], -log_prob, 0.0)
-        if settings.entropy_coef is not None and self.entropy is not None:
-            losses["loss_entropy"] = -settings.entropy_coef * torch.where(mask, self.entropy, 0.0)
-        if settings.kl_coef is not None:
-            losses["loss_kl"] = settings.kl_coef * kl_to_reference(log_prob, given["ref_log_prob"])
-        return {name: loss.reshape(self.shape) for name, loss in losses.items()}
+        if denominators is None:
+            losses = {name: loss.reshape(self.shape) for name, loss in losses.items()}
+        return losses, sums
 
 
 def keys_of(keys: VAPOKeys, names: list[str]) -> list[NestedKey]:
