@@ -3,7 +3,7 @@
 A state machine like the two parts that it holds: it never waits, one thread at a time.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tensordict import TensorDictBase
@@ -25,15 +25,15 @@ class Assignment:
 class FlowCounters:
     """What became of the tickets so far."""
 
-    tickets: dict[str, int]
+    tickets: dict[str, int] = field(default_factory=dict)
     """charged = committed + refunded + outstanding, over resumes too."""
-    refund_reasons: dict[str, int]
+    refund_reasons: dict[str, int] = field(default_factory=dict)
     """Refunds by reason, over resumes too."""
-    rejected_responses: int
+    rejected_responses: int = 0
     """Responses that dynamic sampling refused, since this process started."""
-    rejected_tokens: int
+    rejected_tokens: int = 0
     """Their generated tokens."""
-    prompts_left_out: int
+    prompts_left_out: int = 0
     """Training problems met so far whose prompt is too long."""
 
 

@@ -59,7 +59,7 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
         while stages.evaluations_running and not interrupts.requested():
             _evaluations(stages, recorder, interrupts.requested)
         _evaluations(stages, recorder, stop=lambda: True)
-        return recorder.finish(stages.stats().tickets, list_checkpoints(run_dir)[-1], interrupted=interrupted)
+        return recorder.finish(stages.stats().flow.tickets, list_checkpoints(run_dir)[-1], interrupted=interrupted)
 
 
 def _total(config: Config) -> int:

@@ -196,10 +196,10 @@ class Recorder:
 
 def _counters(stats: FlowStats, before: FlowStats) -> dict[str, float]:
     """The flow's scalars: sums so far, and the mean length of what dynamic sampling refused since ``before``."""
-    counters: dict[str, float] = {f"tickets_{key}": n for key, n in stats.tickets.items()}
-    counters |= {f"refunds_{reason.replace(' ', '_')}": n for reason, n in stats.refund_reasons.items()}
+    counters: dict[str, float] = {f"tickets_{key}": n for key, n in stats.flow.tickets.items()}
+    counters |= {f"refunds_{reason.replace(' ', '_')}": n for reason, n in stats.flow.refund_reasons.items()}
     counters |= {f"verifier_{key}": n for key, n in stats.verifier.items()}
-    counters["prompts_left_out"] = stats.prompts_left_out
-    if responses := stats.rejected_responses - before.rejected_responses:
-        counters["rejected_length"] = (stats.rejected_tokens - before.rejected_tokens) / responses
+    counters["prompts_left_out"] = stats.flow.prompts_left_out
+    if responses := stats.flow.rejected_responses - before.flow.rejected_responses:
+        counters["rejected_length"] = (stats.flow.rejected_tokens - before.flow.rejected_tokens) / responses
     return counters

@@ -9,6 +9,7 @@ from vapo_async.build import HeldOut
 from vapo_async.collector.collector import FinishedGroup
 from vapo_async.collector.evaluator import Evaluator
 from vapo_async.config import RunError
+from vapo_async.flow import FlowCounters
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.schema import RESPONSE_MASK, Score, set_score
 from vapo_async.verifier.scoring import ScoreRequest, TaskVerifier
@@ -50,17 +51,9 @@ class FlowStats:
     generation_wait_s: float
     """Seconds that rollout workers had nothing to generate, summed over workers."""
     workers: int
-    tickets: dict[str, int] = field(default_factory=dict)
-    refund_reasons: dict[str, int] = field(default_factory=dict)
-    """Refunds by reason; like ``tickets`` over the whole run."""
+    flow: FlowCounters = field(default_factory=FlowCounters)
     verifier: dict[str, int] = field(default_factory=dict)
     """Counters of the verifier: answers scored, time-outs, crashes."""
-    prompts_left_out: int = 0
-    """Training problems met so far whose prompt is longer than ``task.max_prompt_tokens``."""
-    rejected_responses: int = 0
-    """Responses of groups that dynamic sampling refused."""
-    rejected_tokens: int = 0
-    """Their generated tokens, part of ``generated_tokens``."""
 
 
 Stop = Callable[[], bool]

@@ -99,11 +99,11 @@ def test_policy_batches_hold_mixed_groups_only(
     judged = config.algorithm.groups_per_batch * pretraining
     assert all(mixed[judged:]) and len(mixed[judged:]) == 12
     assert pretraining == 0 or not all(mixed[:judged]), "as they come: about half of the groups are mixed"
-    tickets, reasons = stats.tickets, stats.refund_reasons
+    tickets, reasons = stats.flow.tickets, stats.flow.refund_reasons
     assert tickets["charged"] == tickets["committed"] + tickets["refunded"] + tickets["outstanding"]
     assert tickets["refunded"] == sum(reasons.values()) >= 3
-    assert stats.rejected_responses == 4 * tickets["refunded"]
-    assert 0 < stats.rejected_tokens < stats.generated_tokens
+    assert stats.flow.rejected_responses == 4 * tickets["refunded"]
+    assert 0 < stats.flow.rejected_tokens < stats.generated_tokens
 
 
 def test_the_run_is_a_function_of_its_seed_and_counts_its_refunds(guessing_folder: Path, tmp_path: Path) -> None:

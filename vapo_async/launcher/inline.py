@@ -110,17 +110,12 @@ class InlineStages:
         return None
 
     def stats(self) -> FlowStats:
-        flow = self.flow.counters()
         return FlowStats(
             generated_tokens=self.collector.generated_tokens,
             generation_wait_s=self._generation_wait_s,
             workers=1,
-            tickets=flow.tickets,
-            refund_reasons=flow.refund_reasons,
+            flow=self.flow.counters(),
             verifier=verifier_counters(self._verifier),
-            prompts_left_out=flow.prompts_left_out,
-            rejected_responses=flow.rejected_responses,
-            rejected_tokens=flow.rejected_tokens,
         )
 
     def save(self, folder: Path) -> None:

@@ -10,7 +10,6 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from vapo_async.build import BaseModel, engine_seed
 from vapo_async.config import Config, ConfigError, RayLauncherConfig, RunError
-from vapo_async.flow import FlowCounters
 from vapo_async.launcher.ray_actors import EvaluatorActor, FlowActor, LearnerActor, RolloutActor, VerifierActor
 from vapo_async.launcher.ray_cluster import Resources, check_resources, start_ray
 from vapo_async.learner.learner import UpdateResult
@@ -122,17 +121,12 @@ class RayStages:
 
     def stats(self) -> FlowStats:
         per_worker = [self._get(w.stats.remote(), f"rollout worker {i}") for i, w in enumerate(self._workers)]
-        flow: FlowCounters = self._get(self._flow.counters.remote(), "the flow")
         return FlowStats(
             generated_tokens=sum(tokens for tokens, _ in per_worker),
             generation_wait_s=sum(wait_s for _, wait_s in per_worker),
             workers=len(per_worker),
-            tickets=flow.tickets,
-            refund_reasons=flow.refund_reasons,
+            flow=self._get(self._flow.counters.remote(), "the flow"),
             verifier=self._get(self._verifier.counters.remote(), "the verifier"),
-            prompts_left_out=flow.prompts_left_out,
-            rejected_responses=flow.rejected_responses,
-            rejected_tokens=flow.rejected_tokens,
         )
 
     def save(self, folder: Path) -> None:
