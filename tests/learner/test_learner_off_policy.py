@@ -161,6 +161,13 @@ def test_vtrace_targets_are_monte_carlo_returns_where_nothing_lags() -> None:
     torch.testing.assert_close(batch.value_target, returns, atol=1e-6, rtol=0)
 
 
+def test_the_engine_mismatch_is_told_where_it_can_be_seen() -> None:
+    """Tokens of age 0 show it, older ones hold the lag too."""
+    learner = make_learner()
+    assert learner.update(make_batch(), 0).metrics["engine_mismatch_max"] > 0
+    assert "engine_mismatch_max" not in learner.update(make_batch(), 1).metrics
+
+
 def test_explained_variance_is_told_by_age_and_length() -> None:
     learner = make_learner(dataclasses.replace(ALGORITHM, value_pretraining_steps=1))
     metrics = learner.update(lagged(), VERSION).metrics
