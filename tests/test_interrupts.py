@@ -11,9 +11,9 @@ from vapo_async.interrupts import Interrupts
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_only_asks(number: int, capfd: pytest.CaptureFixture[str]) -> None:
     with Interrupts() as interrupts:
-        assert not interrupts.requested()
+        assert not interrupts()
         os.kill(os.getpid(), number)
-        assert interrupts.requested()
+        assert interrupts()
     assert "stopping at the next safe moment" in capfd.readouterr().err
 
 

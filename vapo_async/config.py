@@ -66,6 +66,13 @@ class KVCacheOnUpdate(Enum):
     recompute = "recompute"  # prefill again with the new weights
 
 
+class OnStraggler(Enum):
+    """What becomes of a group that a batch waits for (docs/staleness.md)."""
+
+    wait = "wait"  # nothing is lost; a slow answer costs time
+    drop = "drop"  # cancelled after a time limit: its ticket is refunded, its prompt comes first again
+
+
 @dataclass
 class AlgorithmConfig:
     """One switch for each technique of VAPO (docs/methods.md)."""
@@ -332,6 +339,11 @@ class LauncherConfig:
 class InlineLauncherConfig(LauncherConfig):
     """Everything in one process, deterministic."""
 
+    overlap_steps: int = 0
+    """Decode steps while a batch is learned: each time between 0 and twice as many, drawn from the seed. 0 = none."""
+    replay: str | None = None
+    """``schedule.jsonl`` of an earlier inline run, whose interleaving is repeated; null = a schedule of its own."""
+
 
 @dataclass
 class RayLauncherConfig(LauncherConfig):
@@ -355,6 +367,10 @@ class RayLauncherConfig(LauncherConfig):
     """Limit for one held-out evaluation; one that takes longer costs its number, not the run."""
     stage_timeout_s: float = 600.0
     """Seconds, limit for one wait of one stage on another; ends in an error that names both."""
+    engine_timeout_s: float = 120.0
+    """Seconds, limit for one decode step or weight swap; a rollout worker that takes longer is replaced."""
+    max_restarts: int = 3
+    """Replacements over a run, of each rollout worker and of verifier and evaluator; one more death ends it."""
 
 
 @dataclass
@@ -365,6 +381,16 @@ class BufferConfig:
     """S: no group older than this many versions is ever trained on. 0 = synchronous."""
     lead: int | None = None
     """L ≤ S: how many batches generation may run ahead; null = min(1, S)."""
+    capacity: int | None = None
+    """Groups admitted and not yet published as trained, at most; null = (L + 1) · groups_per_batch."""
+    max_running: int | None = None
+    """Groups generated or judged at one time, over all rollout workers; null = what the engines' slots take."""
+    on_straggler: OnStraggler = OnStraggler.wait
+    """What becomes of the group that a batch waits for."""
+    straggler_timeout_s: float = 60.0
+    """Seconds that ``on_straggler=drop`` waits for one group before it is cancelled."""
+    max_drops: int = 2
+    """Times that ``drop`` may hit one prompt; from then on it is waited for, so that no prompt starves."""
 
 
 @dataclass
@@ -409,10 +435,10 @@ class LoggingConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What ``resume`` goes on from: models, optimizers, counters, prompt position and random states."""
+    """What ``resume`` goes on from: models, optimizers, the flow with its unfinished responses, random states."""
 
     every: int = 20
-    """Batches between checkpoints, value pretraining included; 0 = only at the end and on Ctrl-C."""
+    """Batches between checkpoints, value pretraining included, the first before batch 1; 0 = only at the end."""
     keep: int = 2
     """How many are kept, the newest ones."""
 

@@ -20,9 +20,11 @@ from vapo_async.config import (
     EvaluationConfig,
     FolderModelConfig,
     ImportanceKind,
+    InlineLauncherConfig,
     LauncherConfig,
     LearnerConfig,
     ModelConfig,
+    OnStraggler,
     RayLauncherConfig,
     TaskConfig,
     TransformersEngineConfig,
@@ -43,7 +45,8 @@ def check_config(config: Config) -> None:
     hint = f"less is not a token of task.max_response_tokens = {longest}; 0 turns the punishment off"
     _require(cache == 0 or cache * longest >= 1, "algorithm.overlong_cache", cache, f"0 or ≥ 1/{longest}", hint)
     _launcher(config.launcher)
-    _buffer(config.buffer)
+    _buffer(config.buffer, config.algorithm)
+    _time_limits(config)
     _verifier(config.verifier)
     _evaluation(config.evaluation, config.task)
     _at_least("checkpoint.every", config.checkpoint.every, 0, "0 writes one only at the end and on Ctrl-C")
@@ -204,6 +207,9 @@ def _device(key: str, device: str) -> None:
 
 
 def _launcher(c: LauncherConfig) -> None:
+    if isinstance(c, InlineLauncherConfig):
+        _at_least("launcher.overlap_steps", c.overlap_steps, 0, "0 generates nothing while a batch is learned")
+        _require(c.replay != "", "launcher.replay", c.replay, "the path of a schedule.jsonl or null")
     if not isinstance(c, RayLauncherConfig):
         return
     if c.port is not None:
@@ -218,14 +224,41 @@ def _launcher(c: LauncherConfig) -> None:
     _above("launcher.start_timeout_s", c.start_timeout_s, 0)
     _above("launcher.stage_timeout_s", c.stage_timeout_s, 0)
     _above("launcher.evaluation_timeout_s", c.evaluation_timeout_s, 0)
+    _above("launcher.engine_timeout_s", c.engine_timeout_s, 0)
+    _at_least("launcher.max_restarts", c.max_restarts, 0, "0 ends the run with the first death")
 
 
-def _buffer(c: BufferConfig) -> None:
+def _buffer(c: BufferConfig, algorithm: AlgorithmConfig) -> None:
     _at_least("buffer.max_staleness", c.max_staleness, 0, "0 is synchronous training")
     if c.lead is not None:
         bound = f"between 0 and buffer.max_staleness = {c.max_staleness}"
-        hint = "batches generated further ahead would be too old to train on; lower it or leave it null"
+        hint = "0 ≤ lead ≤ max_staleness: batches generated further ahead would be too old; lower it or leave it null"
         _require(0 <= c.lead <= c.max_staleness, "buffer.lead", c.lead, bound, hint)
+    groups = algorithm.groups_per_batch
+    if c.capacity is not None:
+        bound = f"≥ algorithm.groups_per_batch = {groups}"
+        hint = "capacity ≥ groups_per_batch: with less no batch is ever full; raise it or leave it null"
+        _require(c.capacity >= groups, "buffer.capacity", c.capacity, bound, hint)
+    if c.max_running is not None:
+        _at_least("buffer.max_running", c.max_running, 1, "with less nothing is ever generated; null sets no limit")
+    _above("buffer.straggler_timeout_s", c.straggler_timeout_s, 0)
+    _at_least("buffer.max_drops", c.max_drops, 0, "0 never drops: that is on_straggler=wait")
+
+
+def _time_limits(config: Config) -> None:
+    """A limit that is hit before the one inside it says the wrong thing, and ends what the inner one would mend."""
+    if not isinstance(config.launcher, RayLauncherConfig):
+        return
+    stage = config.launcher.stage_timeout_s
+    inner = {
+        "verifier.timeout_s": config.verifier.timeout_s,
+        "launcher.engine_timeout_s": config.launcher.engine_timeout_s,
+    }
+    if config.buffer.on_straggler is OnStraggler.drop:
+        inner["buffer.straggler_timeout_s"] = config.buffer.straggler_timeout_s
+    for key, limit in inner.items():
+        hint = "the run would end before this limit is reached; lower it or raise the stage's"
+        _require(limit < stage, key, limit, f"< launcher.stage_timeout_s = {stage:g}", hint)
 
 
 def _verifier(c: VerifierConfig) -> None:

@@ -1,8 +1,8 @@
-"""Which settings of the algorithm have no effect, given the others."""
+"""Which settings of algorithm and buffer have no effect, given the others."""
 
 from collections.abc import Iterable
 
-from vapo_async.config import AdvantageKind, Config, ImportanceKind, MismatchKind, ValueTargetKind
+from vapo_async.config import AdvantageKind, Config, ImportanceKind, MismatchKind, OnStraggler, ValueTargetKind
 
 CRITIC = (
     "gamma lmbda_critic length_adaptive alpha lmbda whiten_advantage value_target vtrace_rho_cap vtrace_c_cap "
@@ -36,6 +36,8 @@ def unread(config: Config) -> dict[str, str]:
         unread_with("mismatch=none", "mismatch_high")
     if not a.dynamic_sampling:
         unread_with("dynamic_sampling=false", "dynamic_sampling_patience")
+    if config.buffer.on_straggler is OnStraggler.wait:
+        found |= {f"buffer.{name}": "buffer.on_straggler=wait" for name in ("straggler_timeout_s", "max_drops")}
     return found
 
 

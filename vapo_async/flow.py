@@ -10,7 +10,7 @@ from tensordict import TensorDictBase
 
 from vapo_async.buffer import ALL_RIGHT, ALL_WRONG, Batch, DynamicSampling, RolloutBuffer
 from vapo_async.prompts.stream import PromptStream
-from vapo_async.schema import Prompt, Ticket
+from vapo_async.schema import Prompt, Response, Ticket
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,8 @@ class Assignment:
 
     ticket: Ticket
     prompt: Prompt
+    carried: tuple[Response, ...] = ()
+    """What a run that is resumed had of it already; ``ABORTED`` ones are gone on with."""
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,41 @@
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Protocol, Self
 
 _TOLD = b"\nstopping at the next safe moment, with a checkpoint (again to leave at once)\n"
 
 
+class Stop(Protocol):
+    """Whether a wait is to be given up."""
+
+    def __call__(self) -> bool: ...
+
+    def on_request(self, wake: Callable[[], None]) -> None:
+        """Has ``wake`` called once when it is asked for: possibly from a signal handler, so it must be reentrant."""
+        ...
+
+
 class Interrupts:
-    """A context manager. Nothing is raised by the first signal: it would break whatever state was just changing."""
+    """A context manager and a :class:`Stop`. Nothing is raised by the first signal: it would break a state change."""
 
     def __init__(self) -> None:
         self._requested = False
         self._old: dict[int, object] = {}
+        self._wake: list[Callable[[], None]] = []
 
-    def requested(self) -> bool:
+    def __call__(self) -> bool:
         """Whether a signal came."""
         return self._requested
+
+    def on_request(self, wake: Callable[[], None]) -> None:
+        """See :class:`Stop`. After a signal ``wake`` is called at once; asking twice for the same one is asking once."""
+        if wake not in self._wake:
+            self._wake.append(wake)
+        if self._requested:
+            wake()
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -33,3 +52,19 @@ class Interrupts:
             raise KeyboardInterrupt
         self._requested = True
         os.write(2, _TOLD)  # the only kind of output that is safe at any moment
+        for wake in self._wake:
+            wake()
+
+
+class _Now:
+    """See :data:`NOW`."""
+
+    def __call__(self) -> bool:
+        return True
+
+    def on_request(self, wake: Callable[[], None]) -> None:
+        wake()
+
+
+NOW: Stop = _Now()
+"""A wait that looks once and does not wait."""

@@ -16,16 +16,17 @@ The loop is the same whether the stages share a process (``launcher=inline``) or
 """
 
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from vapo_async.buffer import PublicationError
 from vapo_async.checkpoint import list_checkpoints, write_checkpoint
 from vapo_async.config import Config, RunError
-from vapo_async.interrupts import Interrupts
+from vapo_async.interrupts import NOW, Interrupts, Stop
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.summary import Summary
 from vapo_async.recorder import Recorder
-from vapo_async.stages import Stages, Stop
+from vapo_async.stages import Stages, StepTimes
 
 
 def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, resume: bool) -> Summary:
@@ -46,7 +47,7 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
             stages.start_evaluation(0)
         recorder.start_clock()
         try:
-            _batches(config, stages, recorder, run_dir, interrupts.requested)
+            _batches(config, stages, recorder, run_dir, interrupts)
         except RunError:
             _rescue(config, stages, recorder, run_dir)
             raise
@@ -56,9 +57,9 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
             _save(config, stages, recorder, run_dir)
         if not interrupted and not recorder.evaluated(recorder.step):
             stages.start_evaluation(recorder.step)
-        while stages.evaluations_running and not interrupts.requested():
-            _evaluations(stages, recorder, interrupts.requested)
-        _evaluations(stages, recorder, stop=lambda: True)
+        while stages.evaluations_running and not interrupts():
+            _evaluations(stages, recorder, interrupts)
+        _evaluations(stages, recorder, NOW)
         return recorder.finish(stages.stats().flow.tickets, list_checkpoints(run_dir)[-1], interrupted=interrupted)
 
 
@@ -69,21 +70,24 @@ def _total(config: Config) -> int:
 def _batches(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, stop: Stop) -> None:
     """Take, learn, publish, until all batches are done or ``stop`` says so."""
     while recorder.batches < _total(config) and not stop():
-        start = time.perf_counter()
+        clock = [time.perf_counter()]
         batch = stages.take(stop)
-        waited_s = time.perf_counter() - start
         if batch is None:
             return
+        clock.append(time.perf_counter())
         result = stages.learn(batch)
+        clock.append(time.perf_counter())
         stages.publish(result.policy_changed)
-        recorder.batch(batch, result, stages.stats(), waited_s)
+        clock.append(time.perf_counter())
+        times = StepTimes(*(end - start for start, end in pairwise(clock)))
+        recorder.batch(batch, result, stages.stats(), times)
         if result.note:
             recorder.note(result.note)
         every = config.evaluation.every
         due = result.policy_changed and every and recorder.step % every == 0 and recorder.step < config.steps
         if due and not stages.evaluations_running:  # a slow evaluation is not overtaken by a queue of others
             stages.start_evaluation(recorder.step)
-        _evaluations(stages, recorder, stop=lambda: True)
+        _evaluations(stages, recorder, NOW)
         if config.checkpoint.every and recorder.batches % config.checkpoint.every == 0:
             _save(config, stages, recorder, run_dir)
 

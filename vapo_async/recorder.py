@@ -15,7 +15,7 @@ from vapo_async.metrics.evaluation import avg_at_k, avg_at_k_stderr
 from vapo_async.metrics.loggers import build_logger, read_metrics
 from vapo_async.metrics.report import write_report
 from vapo_async.metrics.summary import Summary, TicketCounts, write_summary
-from vapo_async.stages import EvaluationResult, FlowStats, TakenBatch
+from vapo_async.stages import EvaluationResult, FlowStats, StepTimes, TakenBatch
 
 RUN_FILE = "run.json"
 
@@ -68,8 +68,8 @@ class Recorder:
         """The stages are up: rates count from here."""
         self._step_start = time.perf_counter()
 
-    def batch(self, batch: TakenBatch, result: UpdateResult, stats: FlowStats, waited_s: float) -> None:
-        """A batch was trained on and published. ``waited_s``: how long the learner waited for it."""
+    def batch(self, batch: TakenBatch, result: UpdateResult, stats: FlowStats, times: StepTimes) -> None:
+        """A batch was trained on and published."""
         now = time.perf_counter()
         elapsed_s = now - self._step_start
         self._step_start = now
@@ -92,7 +92,7 @@ class Recorder:
             names.AGE_MAX: max(batch.ages),
             names.TOKENS_PER_S: rate,
             names.GENERATION_WAIT: min(max(generation_wait, 0.0), 1.0),
-            names.LEARNING_WAIT: min(waited_s / elapsed_s, 1.0),
+            names.LEARNING_WAIT: min(times.waited_s / elapsed_s, 1.0),
             names.STEP_S: elapsed_s,
             names.VERSION: totals.versions,
         }

@@ -93,7 +93,10 @@ class Score:
 
 @dataclass
 class Response:
-    """One finished response: three parallel lists over its generated tokens, the end token included."""
+    """One response: three parallel lists over its generated tokens, the end token included.
+
+    ``ABORTED`` marks one that is not finished: cut by the caller, or a copy of one in flight. It can be gone on with.
+    """
 
     sample_index: int  # 0 … G-1 within its group
     token_ids: list[int]

@@ -1,6 +1,6 @@
 """What the control loop needs from the stages, whichever processes they live in."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +10,7 @@ from vapo_async.collector.collector import FinishedGroup
 from vapo_async.collector.evaluator import Evaluator
 from vapo_async.config import RunError
 from vapo_async.flow import FlowCounters
+from vapo_async.interrupts import Stop
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.schema import RESPONSE_MASK, Score, set_score
 from vapo_async.verifier.scoring import ScoreRequest, TaskVerifier
@@ -31,7 +32,12 @@ class TakenBatch:
 
     handle: Any
     ages: list[int]
+    """[B] versions."""
     version: int
+    tickets: list[int]
+    """[B] ticket ids: what the ledger of the run writes down."""
+    group_ids: list[int]
+    """[B] which prompts."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +60,21 @@ class FlowStats:
     flow: FlowCounters = field(default_factory=FlowCounters)
     verifier: dict[str, int] = field(default_factory=dict)
     """Counters of the verifier: answers scored, time-outs, crashes."""
+    verdict_wait_s: float = 0.0
+    """Seconds that finished groups waited for their verdicts, summed over groups."""
+    restarts: dict[str, int] = field(default_factory=dict)
+    """Dead processes that were replaced, by stage."""
 
 
-Stop = Callable[[], bool]
-"""Asked again and again during a wait: whether to give up waiting."""
+@dataclass(frozen=True)
+class StepTimes:
+    """Where the seconds of one turn of the control loop went."""
+
+    waited_s: float
+    """The learner, for its batch."""
+    learned_s: float
+    published_s: float
+    """Until every engine had the new weights at hand."""
 
 
 class Stages(Protocol):

@@ -29,6 +29,10 @@ class Batch:
     """[B] versions: ``version`` − the smallest ``policy_version`` among the group's generated tokens."""
     version: int
     """Versions published at take."""
+    tickets: list[int]
+    """[B] ticket ids."""
+    group_ids: list[int]
+    """[B] which prompts."""
 
 
 def check_group(ticket: Ticket, group: TensorDictBase, group_size: int) -> int:

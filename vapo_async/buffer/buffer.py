@@ -20,7 +20,7 @@ from torchrl.envs.transforms import PolicyAgeFilter
 from vapo_async.buffer.batch import Batch, PublicationError, StalenessViolation, TicketError, check_group
 from vapo_async.buffer.budget import Choice, StalenessBudget, choose_batch
 from vapo_async.buffer.sampler import ChosenSampler
-from vapo_async.schema import POLICY_VERSION, Ticket
+from vapo_async.schema import GROUP_ID, POLICY_VERSION, Ticket
 
 UNSERVED = "not in the checkpoint"
 """The reason under which a checkpoint counts the tickets that it does not hold."""
@@ -136,6 +136,8 @@ class RolloutBuffer:
             groups=LazyStackedTensorDict(*(t for group in groups for t in group.unbind(0)), stack_dim=0),
             ages=[budget.published - entry.oldest for entry in entries],
             version=budget.published,
+            tickets=[entry.ticket.ticket_id for entry in entries],
+            group_ids=[int(group[0][GROUP_ID]) for group in groups],
         )
 
     def publish(self) -> int:

@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from vapo_async.schema import Response
+from vapo_async.state import State
 
 
 @dataclass(frozen=True)
@@ -17,11 +18,15 @@ class GenerationRequest:
     prompt_token_ids: tuple[int, ...]
     num_samples: int
     max_new_tokens: int
+    """Limit of one response, its carried tokens included."""
+    carried: tuple[Response, ...] = ()
+    """Of some of the samples: what another engine, or this one before an :meth:`Engine.abort`, generated. ``ABORTED``
+    ones are gone on with, their tokens keep their log-probs and versions; finished ones come back as they are."""
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One finished response of a request."""
+    """A response of a request that ended; each sample of a request comes back exactly once."""
 
     request_id: int
     response: Response
@@ -72,4 +77,20 @@ class Engine(Protocol):
 
     def abort(self, request_id: int) -> list[Completion]:
         """Ends a request; its unfinished responses come back with what they have, finish reason ABORTED."""
+        ...
+
+    def partial(self, request_id: int) -> list[Response]:
+        """Copies of a request's unfinished responses as they stand, finish reason ABORTED; generation goes on."""
+        ...
+
+    def state_dict(self) -> State:
+        """Between two decode steps: everything that the next tokens depend on but the weights and their version.
+
+        A new engine that was given the same weights and this state goes on bit for bit, where the engine is
+        deterministic.
+        """
+        ...
+
+    def load_state_dict(self, state: State) -> None:
+        """Into an engine that has not been given a request, after :meth:`load_weights`."""
         ...

@@ -22,6 +22,7 @@ from vapo_async.build import (
     engine_seed,
 )
 from vapo_async.config import Config
+from vapo_async.interrupts import Stop
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.models.load import load_tokenizer
@@ -29,7 +30,6 @@ from vapo_async.prompts.tasks import build_task
 from vapo_async.stages import (
     EvaluationResult,
     FlowStats,
-    Stop,
     TakenBatch,
     evaluate,
     score_requests,
@@ -70,7 +70,7 @@ class InlineStages:
             for finished in self.collector.step():
                 write_scores(finished, self._verifier.score(score_requests(finished)))
                 self.flow.commit(finished.ticket.ticket_id, finished.group)
-        return TakenBatch(batch, batch.ages, batch.version)
+        return TakenBatch(batch, batch.ages, batch.version, batch.tickets, batch.group_ids)
 
     def learn(self, batch: TakenBatch) -> UpdateResult:
         start = time.perf_counter()

@@ -64,8 +64,8 @@ class FlowActor:
             self._flow.commit(ticket_id, group)
             self._changed.notify_all()
 
-    async def take(self) -> tuple[list[int], int, Any] | None:
-        """Waits for a batch: its ages, its version and a reference to its trajectories. None once closed.
+    async def take(self) -> tuple[Any, list[int], int, list[int], list[int]] | None:
+        """Waits for a batch: a reference to its trajectories, then the rest of a ``TakenBatch``. None once closed.
 
         Raises ``RunError`` when dynamic sampling runs out of patience.
         """
@@ -75,7 +75,8 @@ class FlowActor:
                 if self._flow.closed:
                     return None
                 await self._changed.wait()
-            return batch.ages, batch.version, ray.put(list(batch.groups.unbind(0)))
+            handle = ray.put(list(batch.groups.unbind(0)))
+            return handle, batch.ages, batch.version, batch.tickets, batch.group_ids
 
     async def publish(self) -> int:
         async with self._changed:

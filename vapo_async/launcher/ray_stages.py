@@ -10,10 +10,11 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from vapo_async.build import BaseModel, engine_seed
 from vapo_async.config import Config, ConfigError, RayLauncherConfig, RunError
+from vapo_async.interrupts import Stop
 from vapo_async.launcher.ray_actors import EvaluatorActor, FlowActor, LearnerActor, RolloutActor, VerifierActor
 from vapo_async.launcher.ray_cluster import Resources, check_resources, start_ray
 from vapo_async.learner.learner import UpdateResult
-from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, Stop, TakenBatch
+from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, TakenBatch
 
 _ASK_STOP_S = 0.5
 """How often a wait looks whether it is to stop."""
@@ -176,7 +177,7 @@ class RayStages:
 
     def _taken(self) -> TakenBatch | None:
         taken, self._take = self._get(self._take, "the flow"), None
-        return None if taken is None else TakenBatch(taken[2], taken[0], taken[1])
+        return None if taken is None else TakenBatch(*taken)
 
     def _get(self, reference: Any, whom: str, timeout_s: float | None = None) -> Any:
         """``ray.get`` with the limit and with errors that name whom was waited for."""
