@@ -32,7 +32,7 @@ class Interrupts:
         return self._requested
 
     def on_request(self, wake: Callable[[], None]) -> None:
-        """See :class:`Stop`. After a signal ``wake`` is called at once; asking twice for the same one is asking once."""
+        """See :class:`Stop`. After a signal ``wake`` is called at once; asking twice changes nothing."""
         if wake not in self._wake:
             self._wake.append(wake)
         if self._requested:
