@@ -15,6 +15,28 @@ REFUSED = [
     ("buffer.max_staleness=-1", "buffer.max_staleness must be ≥ 0, found -1"),
     ("buffer.lead=5 buffer.max_staleness=4", "buffer.lead must be between 0 and buffer.max_staleness = 4, found 5"),
     ("buffer.lead=-1", "buffer.lead must be between 0"),
+    (
+        "algorithm.groups_per_batch=8 buffer.capacity=7",
+        "buffer.capacity must be ≥ algorithm.groups_per_batch = 8, found 7: capacity ≥ groups_per_batch: with less no "
+        "batch is ever full",
+    ),
+    ("buffer.max_running=0", "buffer.max_running must be ≥ 1, found 0"),
+    ("buffer.straggler_timeout_s=0", "buffer.straggler_timeout_s must be > 0"),
+    ("buffer.on_straggler=drop buffer.max_drops=-1", "buffer.max_drops must be ≥ 0, found -1"),
+    ("buffer.on_straggler=kill", "buffer.on_straggler must be one of wait, drop, found 'kill'"),
+    (
+        "buffer.on_straggler=drop buffer.straggler_timeout_s=600",
+        "buffer.straggler_timeout_s must be < launcher.stage_timeout_s = 600, found 600.0",
+    ),
+    (
+        "launcher.stage_timeout_s=100 launcher.engine_timeout_s=100",
+        "launcher.engine_timeout_s must be < launcher.stage_timeout_s = 100, found 100.0",
+    ),
+    ("launcher.stage_timeout_s=5 verifier.timeout_s=5", "verifier.timeout_s must be < launcher.stage_timeout_s = 5"),
+    ("launcher.engine_timeout_s=0", "launcher.engine_timeout_s must be > 0"),
+    ("launcher.max_restarts=-1", "launcher.max_restarts must be ≥ 0, found -1"),
+    ("launcher=inline launcher.overlap_steps=-1", "launcher.overlap_steps must be ≥ 0, found -1"),
+    ("launcher=inline launcher.replay=''", "launcher.replay must be the path of a schedule.jsonl or null, found ''"),
     ("algorithm.group_size=0", "algorithm.group_size must be ≥ 1, found 0"),
     (
         "algorithm.advantage=group algorithm.value_pretraining_steps=0 algorithm.group_size=1",

@@ -36,3 +36,10 @@ def test_config_unread_names_keys_that_there_are(choice: str) -> None:
     config = load_config([f"algorithm={choice}"])
     assert unread(config).keys() <= flatten(config).keys()
     assert len(unread(config)) < len(dataclasses.fields(AlgorithmConfig))
+
+
+def test_config_notes_name_the_stragglers_settings_that_wait_does_not_read() -> None:
+    overrides = ["buffer.max_drops=3", "buffer.straggler_timeout_s=5"]
+    said = unread_notes(load_config(overrides), overrides)
+    assert said == [f"{o.partition('=')[0]} has no effect with buffer.on_straggler=wait" for o in overrides]
+    assert unread_notes(load_config([*overrides, "buffer.on_straggler=drop"]), overrides) == []
