@@ -13,7 +13,7 @@ usage: python scripts/evaluate.py FOLDER [--json FILE] [group=choice …] [secti
 
 Measures a model on a task's held-out problems: avg@k with its standard error (clustered over problems), pass@k, greedy
 accuracy, lengths and speed. FOLDER is one of
-  runs/train/2026-01-31_12-00-00                     a run: its newest checkpoint
+  runs/train/2026-01-31_12-00-00                     a run: its newest whole checkpoint
   runs/train/.../checkpoints/step_000030             a checkpoint, or the policy/ folder in it
   path/to/model                                      any Hugging Face folder, or a hub name org/name
 or is left out for the model that model=… says, for example model=embedded: the base.
@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
         folder, overrides, json_path = _split(arguments)
         from vapo_async.evaluation import evaluate_model, evaluation_config
 
-        config, source = evaluation_config(folder, overrides)
+        config, source = evaluation_config(folder, overrides, lambda text: print(text, file=sys.stderr))
         print(f"settings: {source or 'configs/'}{', ' if overrides else ''}{' '.join(overrides)}")
         line = _Line()
         result = evaluate_model(config, line.note, line.show)

@@ -15,12 +15,15 @@ def main(arguments: list[str]) -> int:
         print(help_text())
         return 0
     try:
-        config, changes = configure(arguments)
+        notes: list[str] = []
+        config, changes = configure(arguments, notes.append)
         preflight(config)  # now, because the next line imports torch and takes seconds
         from vapo_async.launcher.run import launch
         from vapo_async.metrics.console import Console
 
         with Console() as console:
+            for line in notes:
+                console.note(line)
             for change in changes:
                 console.note(f"changed for the rest of the run: {change}")
             for line in unread_notes(config, arguments):

@@ -1,14 +1,17 @@
-"""Checkpoint folders appear whole or not at all."""
+"""Checkpoint folders appear whole or not at all, and what broke later is seen before it is used."""
 
+import hashlib
 import itertools
+import json
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from vapo_async.checkpoint import find_resume, list_checkpoints, write_checkpoint
+from vapo_async.checkpoint import fault, find_resume, list_checkpoints, newest_whole, write_checkpoint
 from vapo_async.config import ConfigError, RunError
 
 
@@ -57,7 +60,7 @@ for step, tensor in ((1, small), (2, large)):
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
     first = tmp_path / "checkpoints" / "step_000001"
     last_line = done.stderr.strip().splitlines()[-1]
-    assert last_line.startswith("vapo_async.config.RunError: checkpoint not written (")
+    assert last_line.startswith("vapo_async.checkpoint.CheckpointError: checkpoint not written (")
     assert "File too large" in last_line and last_line.endswith(f"the last one is {first}")
     assert list(first.parent.iterdir()) == [first]
 
@@ -104,8 +107,97 @@ write_checkpoint(run_dir, 2, 1, write)
 
 def test_a_step_written_again_replaces_itself(tmp_path: Path) -> None:
     write_checkpoint(tmp_path, 3, 2, write)
-    write_checkpoint(tmp_path, 3, 2, lambda folder: (folder / "new").touch())
-    assert (list_checkpoints(tmp_path)[0] / "new").exists()
+    last = write_checkpoint(tmp_path, 3, 2, lambda folder: (folder / "new").touch())
+    assert list((tmp_path / "checkpoints").iterdir()) == [last]
+    assert (last / "new").exists() and fault(last) is None
+
+
+def test_a_kill_while_a_step_is_written_again_leaves_one_of_the_two(tmp_path: Path) -> None:
+    """Killed for real before every renaming and every deletion, with a single checkpoint kept."""
+    script = """
+import os, signal, sys
+from pathlib import Path
+from vapo_async.checkpoint import write_checkpoint
+run_dir, changes = Path(sys.argv[1]), int(sys.argv[2])
+write_checkpoint(run_dir, 1, 1, lambda folder: (folder / "a").write_text("old"))
+def hook(event, args):
+    global changes
+    if event in ("os.remove", "os.rename", "os.rmdir"):
+        changes -= 1
+        if changes < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+sys.addaudithook(hook)
+write_checkpoint(run_dir, 1, 1, lambda folder: (folder / "a").write_text("new"))
+"""
+    seen = []
+    for changes in itertools.count():
+        run_dir = tmp_path / str(changes)
+        done = subprocess.run([sys.executable, "-c", script, str(run_dir), str(changes)], timeout=120)
+        seen.append((newest_whole(run_dir, pytest.fail) / "a").read_text())
+        last = write_checkpoint(run_dir, 1, 1, write)
+        assert list((run_dir / "checkpoints").iterdir()) == [last]
+        if done.returncode == 0:
+            break
+    assert len(seen) >= 5 and seen == sorted(seen, reverse=True) and {*seen} == {"old", "new"}
+
+
+def test_the_manifest_has_size_and_checksum_of_every_file(tmp_path: Path) -> None:
+    checkpoint = write_checkpoint(tmp_path, 1, 1, write)
+    manifest = json.loads((checkpoint / "complete").read_text())
+    digest = hashlib.sha256(b"weights").hexdigest()
+    assert manifest == {"files": {"policy/weights": {"bytes": 7, "sha256": digest}}}
+
+
+def damage_size(checkpoint: Path) -> None:
+    (checkpoint / "policy" / "weights").write_text("weigh")
+
+
+def damage_content(checkpoint: Path) -> None:
+    (checkpoint / "policy" / "weights").write_text("weighty")
+
+
+def damage_missing(checkpoint: Path) -> None:
+    (checkpoint / "policy" / "weights").unlink()
+
+
+def damage_manifest(checkpoint: Path) -> None:
+    (checkpoint / "complete").write_text((checkpoint / "complete").read_text()[:-9])
+
+
+def damage_old(checkpoint: Path) -> None:
+    (checkpoint / "complete").write_text("")
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (damage_size, "policy/weights has 5 bytes, expected 7"),
+        (damage_content, "policy/weights has another checksum than when it was written"),
+        (damage_missing, "policy/weights: No such file or directory"),
+        (damage_manifest, "its file 'complete' holds no checksums"),
+        (damage_old, "or of an older version of vapo_async"),
+    ],
+)
+def test_a_broken_checkpoint_is_left_out_with_a_line_that_says_why(
+    tmp_path: Path, damage: Callable[[Path], None], words: str
+) -> None:
+    run_dir = tmp_path / "train" / "one"
+    first, second = (write_checkpoint(run_dir, step, 2, write) for step in (1, 2))
+    damage(second)
+    notes: list[str] = []
+    assert newest_whole(run_dir, notes.append) == first
+    (line,) = notes
+    assert line.startswith(f"warning: the checkpoint {second} is broken and left out: ") and words in line
+    assert find_resume("auto", tmp_path, "train", pytest.fail) == run_dir, "it has a whole one"
+    damage(first)
+    with pytest.raises(ConfigError) as caught:
+        newest_whole(run_dir, notes.append)
+    assert f"step_000002: {fault(second)}; step_000001: {fault(first)}" in str(caught.value)
+    assert find_resume("auto", tmp_path, "train", notes.append) is None
+    assert notes[-1].startswith(f"warning: {run_dir} has no whole checkpoint and is passed over: step_000002: ")
+    older = tmp_path / "train" / "another"
+    write_checkpoint(older, 1, 1, write)
+    assert find_resume("auto", tmp_path, "train") == older
 
 
 def test_what_resume_finds(tmp_path: Path) -> None:

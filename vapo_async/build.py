@@ -9,12 +9,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from vapo_async.buffer import DynamicSampling, RolloutBuffer
+from vapo_async.buffer import DynamicSampling, RolloutBuffer, StragglerWatch
 from vapo_async.collector.collector import Collector
 from vapo_async.collector.engine import Engine
 from vapo_async.collector.evaluator import Evaluator
 from vapo_async.collector.factory import build_engine
-from vapo_async.config import AdvantageKind, Config, ConfigError, TorchLearnerConfig, resolved_lead
+from vapo_async.config import AdvantageKind, Config, ConfigError, OnStraggler, TorchLearnerConfig, resolved_lead
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, check_log_probs
@@ -94,6 +94,8 @@ def build_flow(config: Config, base: BaseModel) -> Flow:
         algorithm.group_size,
         config.buffer.max_staleness,
         resolved_lead(config.buffer),
+        capacity=config.buffer.capacity,
+        max_running=config.buffer.max_running,
     )
     sampling = None
     if algorithm.dynamic_sampling:
@@ -101,7 +103,10 @@ def build_flow(config: Config, base: BaseModel) -> Flow:
         sampling = DynamicSampling(
             algorithm.dynamic_sampling_patience * batch, exempt=algorithm.value_pretraining_steps * batch
         )
-    return Flow(stream, buffer, sampling)
+    watch = None
+    if config.buffer.on_straggler is OnStraggler.drop:
+        watch = StragglerWatch(config.buffer.straggler_timeout_s)
+    return Flow(stream, buffer, sampling, watch, config.buffer.max_drops)
 
 
 def build_learner(config: Config, base: BaseModel) -> Learner:

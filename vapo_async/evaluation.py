@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vapo_async.build import BaseModel, HeldOut, build_evaluator, build_heldout, build_verifier
-from vapo_async.checkpoint import CHECKPOINTS, list_checkpoints
+from vapo_async.checkpoint import CHECKPOINTS, list_checkpoints, newest_whole
 from vapo_async.config import Config, ConfigError, FolderModelConfig
 from vapo_async.config_load import load_config, read_config, to_dict
 from vapo_async.config_saved import CONFIG_FILE, lay_over
@@ -26,14 +26,17 @@ from vapo_async.stages import Scorer
 from vapo_async.verifier.scoring import ScoreRequest
 
 
-def evaluation_config(folder: str | None, overrides: Sequence[str]) -> tuple[Config, Path | None]:
+def evaluation_config(
+    folder: str | None, overrides: Sequence[str], note: Callable[[str], None] = lambda _: None
+) -> tuple[Config, Path | None]:
     """What to evaluate and how; and the file that the settings come from (None: the shipped configuration).
 
     Args:
-        folder: a run's folder (its newest checkpoint), a checkpoint, a checkpoint's ``policy/``, any other Hugging Face
-            folder or a hub name; None takes the model that ``model=…`` in ``overrides`` says. What lies inside a run is
-            evaluated with the run's own settings.
+        folder: a run's folder (its newest whole checkpoint), a checkpoint, a checkpoint's ``policy/``, any other
+            Hugging Face folder or a hub name; None takes the model that ``model=…`` in ``overrides`` says. What lies
+            inside a run is evaluated with the run's own settings.
         overrides: as for training; they win over the run's settings.
+        note: told of broken checkpoints that are left out.
     """
     keys = {override.partition("=")[0] for override in overrides}
     if folder is None:
@@ -43,7 +46,7 @@ def evaluation_config(folder: str | None, overrides: Sequence[str]) -> tuple[Con
     for key in ("model", "model.path"):
         if key in keys:
             raise ConfigError(f"{folder} is the model to evaluate: leave out either it or {key}=…")
-    model = _policy_folder(folder)
+    model = _policy_folder(folder, note)
     saved = _run_config(Path(model))
     if saved is None:
         config = load_config(["model=folder", "model.path=given", *overrides])
@@ -54,14 +57,13 @@ def evaluation_config(folder: str | None, overrides: Sequence[str]) -> tuple[Con
     return replace(config, model=replace(config.model, path=model)), saved
 
 
-def _policy_folder(given: str) -> str:
+def _policy_folder(given: str, note: Callable[[str], None]) -> str:
     """The model's folder in what the user gave; anything unknown goes back as it came."""
     folder = Path(given).expanduser()
     if (folder / CHECKPOINTS).is_dir():
-        checkpoints = list_checkpoints(folder)
-        if not checkpoints:
+        if not list_checkpoints(folder):
             raise ConfigError(f"no complete checkpoint in {folder / CHECKPOINTS}; wait for one or give another run")
-        return str(checkpoints[-1] / POLICY_FOLDER)
+        return str(newest_whole(folder, note) / POLICY_FOLDER)
     if (folder / POLICY_FOLDER).is_dir():
         return str(folder / POLICY_FOLDER)
     runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))

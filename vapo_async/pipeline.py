@@ -15,12 +15,13 @@
 The loop is the same whether the stages share a process (``launcher=inline``) or each has its own (``launcher=ray``).
 """
 
+import errno
 import time
 from itertools import pairwise
 from pathlib import Path
 
 from vapo_async.buffer import PublicationError
-from vapo_async.checkpoint import list_checkpoints, write_checkpoint
+from vapo_async.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
 from vapo_async.config import Config, RunError
 from vapo_async.interrupts import NOW, Interrupts, Stop
 from vapo_async.metrics.console import Console
@@ -28,43 +29,56 @@ from vapo_async.metrics.summary import Summary
 from vapo_async.recorder import Recorder
 from vapo_async.stages import Stages, StepTimes
 
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, resume: bool) -> Summary:
-    """Runs value pretraining and ``config.steps`` policy updates; ``resume`` goes on from the run's last checkpoint.
+
+def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, resumed: Path | None = None) -> Summary:
+    """Runs value pretraining and ``config.steps`` policy updates; goes on from the checkpoint ``resumed``, if any.
 
     A first Ctrl-C or SIGTERM ends it with a checkpoint; the summary's status is then ``interrupted``.
 
     Raises:
-        RunError: a stage failed; a checkpoint was tried, and the console says whether there is one.
+        RunError: a stage failed or the disk is full; a checkpoint was tried, and the console says whether there is one.
     """
     with Interrupts() as interrupts, Recorder(config, run_dir, console) as recorder:
-        if resume:
-            checkpoint = list_checkpoints(run_dir)[-1]
-            stages.load(checkpoint)
-            recorder.load(checkpoint)
-            recorder.note(f"resumed from {checkpoint}: {recorder.batches} of {_total(config)} batches done")
-        if not recorder.evaluated(0):
-            stages.start_evaluation(0)
-        recorder.start_clock()
+        if resumed is not None:
+            stages.load(resumed)
+            recorder.load(resumed, stages.stats())
+            recorder.note(f"resumed from {resumed}: {recorder.batches} of {_total(config)} batches done")
         try:
-            _batches(config, stages, recorder, run_dir, interrupts)
-        except RunError:
-            _rescue(config, stages, recorder, run_dir)
-            raise
-        interrupted = recorder.batches < _total(config)
-        stages.stop_taking()  # generation ends here: what is left of the time belongs to the last evaluation
-        if recorder.saved_at != recorder.batches:
-            _save(config, stages, recorder, run_dir)
-        if not interrupted and not recorder.evaluated(recorder.step):
-            stages.start_evaluation(recorder.step)
-        while stages.evaluations_running and not interrupts():
-            _evaluations(stages, recorder, interrupts)
-        _evaluations(stages, recorder, NOW)
-        return recorder.finish(stages.stats().flow.tickets, list_checkpoints(run_dir)[-1], interrupted=interrupted)
+            return _run(config, stages, recorder, run_dir, interrupts)
+        except (RunError, OSError) as error:
+            if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
+                raise
+            _rescue(config, stages, recorder, run_dir, error)
+            if isinstance(error, RunError):
+                raise
+            raise RunError(f"the run folder {run_dir} cannot be written to: {error.strerror or error}") from error
 
 
 def _total(config: Config) -> int:
     return config.algorithm.value_pretraining_steps + config.steps
+
+
+def _run(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, interrupts: Interrupts) -> Summary:
+    """From the base's evaluation to the summary."""
+    if not recorder.evaluated(0):
+        stages.start_evaluation(0)
+        _evaluations(stages, recorder, NOW)
+    if config.checkpoint.every and recorder.saved_at < 0:
+        _save(config, stages, recorder, run_dir)  # from here on there is always something to resume
+    recorder.start_clock()
+    _batches(config, stages, recorder, run_dir, interrupts)
+    interrupted = recorder.batches < _total(config)
+    stages.stop_taking()  # generation ends here: what is left of the time belongs to the last evaluation
+    if interrupted or recorder.saved_at != recorder.batches:
+        _save(config, stages, recorder, run_dir)
+    if not interrupted and not recorder.evaluated(recorder.step):
+        stages.start_evaluation(recorder.step)
+    while stages.evaluations_running and not interrupts():
+        _evaluations(stages, recorder, interrupts)
+    _evaluations(stages, recorder, NOW)
+    return recorder.finish(stages.stats(), list_checkpoints(run_dir)[-1], interrupted=interrupted)
 
 
 def _batches(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, stop: Stop) -> None:
@@ -104,18 +118,22 @@ def _evaluations(stages: Stages, recorder: Recorder, stop: Stop) -> None:
 def _save(config: Config, stages: Stages, recorder: Recorder, run_dir: Path) -> None:
     def write(folder: Path) -> None:
         stages.save(folder)
-        recorder.save(folder)
+        try:
+            stats = stages.stats()
+        except RunError:  # a stage died that the checkpoint does not need
+            stats = None
+        recorder.save(folder, stats)
 
     write_checkpoint(run_dir, recorder.batches, config.checkpoint.keep, write)
     recorder.saved_at = recorder.batches
 
 
-def _rescue(config: Config, stages: Stages, recorder: Recorder, run_dir: Path) -> None:
+def _rescue(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, error: Exception) -> None:
     """After a failure: saves what is whole and says which checkpoint there is."""
     try:
-        if recorder.saved_at != recorder.batches:
+        if recorder.saved_at != recorder.batches and not isinstance(error, CheckpointError):
             _save(config, stages, recorder, run_dir)
-    except (RunError, PublicationError) as error:
-        recorder.note(f"no checkpoint of the last batches: {error}")
+    except (RunError, PublicationError) as failure:
+        recorder.note(f"no checkpoint of the last batches: {failure}")
     saved = list_checkpoints(run_dir)
     recorder.note(f"resume=auto goes on from {saved[-1]}" if saved else "the run leaves no checkpoint")

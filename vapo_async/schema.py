@@ -8,6 +8,7 @@ One **batch** is a lazy stack of B groups, flattened to ``[B * G]`` (ragged in L
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import Any
 
 import torch
 from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
@@ -41,6 +42,7 @@ TRAJECTORY_DTYPES: dict[str, torch.dtype] = {
     TICKET_ID: torch.int64,
 }
 PER_TOKEN_KEYS = (TOKENS, RESPONSE_MASK, SAMPLE_LOG_PROB, POLICY_VERSION, REWARD)
+_SCALAR = torch.Size([])
 
 
 class FinishReason(IntEnum):
@@ -105,6 +107,26 @@ class Response:
     finish_reason: FinishReason
 
 
+def prompt_to_json(prompt: Prompt) -> dict[str, Any]:
+    """A prompt in full, as JSON data."""
+    problem = prompt.problem
+    return {
+        "group_id": prompt.group_id,
+        "index": problem.index,
+        "question": problem.question,
+        "answer": problem.answer,
+        "metadata": problem.metadata,
+        "text": prompt.text,
+        "token_ids": list(prompt.token_ids),
+    }
+
+
+def prompt_from_json(data: dict[str, Any]) -> Prompt:
+    """The reverse of :func:`prompt_to_json`."""
+    problem = Problem(data["index"], data["question"], data["answer"], data["metadata"])
+    return Prompt(data["group_id"], problem, data["text"], tuple(data["token_ids"]))
+
+
 def make_trajectory(prompt: Prompt, ticket: Ticket, response: Response) -> TensorDict:
     """A trajectory without its score: ``reward`` is 0 and ``correct`` False until :func:`set_score`."""
     p, n = len(prompt.token_ids), len(response.token_ids)
@@ -140,24 +162,49 @@ def stack_group(trajectories: Sequence[TensorDictBase]) -> LazyStackedTensorDict
 
 def check_trajectory(trajectory: TensorDictBase) -> None:
     """Raises ``ValueError`` that names the key, what was found and what is expected."""
-    for key, dtype in TRAJECTORY_DTYPES.items():
-        value = trajectory.get(key, None)
-        if value is None:
-            raise ValueError(f"trajectory has no key '{key}'; expected keys: {', '.join(TRAJECTORY_DTYPES)}")
-        if value.dtype != dtype:
-            raise ValueError(f"trajectory key '{key}' has dtype {value.dtype}, expected {dtype}")
-        expected = trajectory[TOKENS].shape if key in PER_TOKEN_KEYS else torch.Size([])
-        if value.shape != expected:
-            raise ValueError(f"trajectory key '{key}' has shape {list(value.shape)}, expected {list(expected)}")
-    if not bool(trajectory[RESPONSE_MASK][-1]):
+    check_trajectories([trajectory])
+
+
+def check_trajectories(trajectories: Sequence[TensorDictBase]) -> dict[str, list[Tensor]]:
+    """As :func:`check_trajectory` on each of them, and their entries by key; much less than N times the time."""
+    columns: dict[str, list[Tensor]] = {key: [] for key in TRAJECTORY_DTYPES}
+    for trajectory in trajectories:
+        entries = dict(trajectory.items())  # one access for all keys: that is what takes time
+        missing = next((key for key in TRAJECTORY_DTYPES if key not in entries), None)
+        if missing is not None:
+            raise ValueError(f"trajectory has no key '{missing}'; expected keys: {', '.join(TRAJECTORY_DTYPES)}")
+        tokens = entries[TOKENS].shape
+        for key, dtype in TRAJECTORY_DTYPES.items():
+            value, expected = entries[key], tokens if key in PER_TOKEN_KEYS else _SCALAR
+            if value.dtype != dtype:
+                raise ValueError(f"trajectory key '{key}' has dtype {value.dtype}, expected {dtype}")
+            if value.shape != expected:
+                raise ValueError(f"trajectory key '{key}' has shape {list(value.shape)}, expected {list(expected)}")
+            columns[key].append(value)
+        if len(tokens) != 1 or tokens[0] == 0:
+            raise ValueError(f"trajectory key '{TOKENS}' has shape {list(tokens)}, expected [L] with L >= 1")
+    if not bool(torch.stack([mask[-1] for mask in columns[RESPONSE_MASK]]).all()):
         raise ValueError(
             f"trajectory key '{RESPONSE_MASK}' must be True on the last token: the response is empty or padded"
         )
+    return columns
 
 
 def oldest_version(group: TensorDictBase) -> int:
     """The smallest ``policy_version`` among the generated tokens of a group: what its age is counted from."""
-    return min(int(t[POLICY_VERSION][t[RESPONSE_MASK]].min()) for t in group.unbind(0))
+    trajectories = group.unbind(0)
+    return oldest_of([t[POLICY_VERSION] for t in trajectories], [t[RESPONSE_MASK] for t in trajectories])
+
+
+def oldest_of(versions: Sequence[Tensor], masks: Sequence[Tensor]) -> int:
+    """As :func:`oldest_version`: ``versions`` G times [L] int32, ``masks`` G times [L] bool."""
+    return int(torch.cat([*versions])[torch.cat([*masks])].min())
+
+
+def response_lengths(group: TensorDictBase) -> list[int]:
+    """[G] generated tokens of each trajectory."""
+    lengths: list[int] = torch.stack([trajectory[RESPONSE_MASK].sum() for trajectory in group.unbind(0)]).tolist()
+    return lengths
 
 
 def pad_stack(trajectories: Sequence[TensorDictBase], key: str, length: int | None = None) -> Tensor:

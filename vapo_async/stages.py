@@ -51,7 +51,11 @@ class EvaluationResult:
 
 @dataclass(frozen=True)
 class FlowStats:
-    """Where generation and tickets stand, cumulative over this process's part of the run."""
+    """Where generation and tickets stand: sums that never fall.
+
+    ``flow`` counts over resumes. The others count from the start of this process or go on from the checkpoint that it
+    loaded, as the launcher has them: what came since is a difference to the stats right after the load.
+    """
 
     generated_tokens: int
     generation_wait_s: float

@@ -1,11 +1,14 @@
 """The staleness arithmetic against hand-made queues."""
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vapo_async.buffer import StalenessBudget, choose_batch
-from vapo_async.buffer.budget import in_time
+from vapo_async.buffer.budget import in_time, late
 from vapo_async.config import ConfigError
 
 
@@ -64,18 +67,69 @@ def _rule_in_words(queue: list[tuple[int, bool]], b: int, s: int, published: int
 def test_equals_the_rule_in_words_and_no_other_choice_helps() -> None:
     for b, s, published in itertools.product((1, 2), (0, 1, 2), (1, 2)):
         for versions in itertools.combinations_with_replacement(range(published + 1), 4):
+            if any(published + i // b - m > s for i, m in enumerate(versions)):
+                continue  # a queue that is late already cannot come about
             for finished in itertools.product((False, True), repeat=4):
                 queue = list(zip(versions, finished, strict=True))
-                got, late = choose_batch(queue, b, s, published)
-                assert got == _rule_in_words(queue, b, s, published)
-                if any(published + i // b - m > s for i, m in enumerate(versions)):
-                    continue  # a queue that is late already cannot come about
-                assert late is None or not finished[late], "only an unfinished ticket is ever waited for"
+                got, waits_for = choose_batch(queue, b, s, published)
                 done = [i for i, f in enumerate(finished) if f]
+                if len(done) >= b:
+                    assert got == _rule_in_words(queue, b, s, published)
+                assert waits_for is None or not finished[waits_for], "only an unfinished ticket is ever waited for"
                 for other in itertools.combinations(done, b):
                     rest = [m for i, m in enumerate(versions) if i not in other]
                     if all(published + 1 + i // b - m <= s for i, m in enumerate(rest)):
                         assert got is not None
+
+
+def test_looks_no_further_than_the_last_ticket_taken() -> None:
+    read = []
+
+    def queue() -> Iterator[tuple[int, bool]]:
+        for position in itertools.count():
+            read.append(position)
+            yield 0, position != 1
+
+    assert choose_batch(queue(), 3, 4, 0).positions == [0, 2, 3]
+    assert read == [0, 1, 2, 3], "an endless queue"
+
+
+@pytest.mark.parametrize(
+    ("versions", "b", "s", "published", "expected"),
+    [
+        ([0, 0, 1, 1], 2, 2, 1, []),
+        ([0, 0, 1, 1], 2, 1, 1, []),  # 1 + 0 - 0 and 1 + 1 - 1
+        ([0, 0, 1, 1], 2, 0, 1, [0, 1]),  # too old wherever they stand; the others move forward and are in time
+        ([0, 1, 1, 1], 1, 1, 1, [2, 3]),  # 1 + 2 - 1 = 2 > 1, again and again
+        ([2, 2, 2, 2], 1, 1, 2, [2, 3]),
+    ],
+)
+def test_late(versions: list[int], b: int, s: int, published: int, expected: list[int]) -> None:
+    assert late(versions, b, s, published) == expected
+
+
+@given(st.lists(st.integers(0, 5), max_size=12), st.integers(1, 3), st.integers(0, 4), st.integers(5, 7))
+def test_without_those_who_are_late_the_queue_is_in_time(versions: list[int], b: int, s: int, published: int) -> None:
+    queue = sorted(versions)
+    gone = late(queue, b, s, published)
+    rest = [version for index, version in enumerate(queue) if index not in gone]
+    assert all(published + i // b - m <= s for i, m in enumerate(rest))
+    assert late(rest, b, s, published) == []
+
+
+@pytest.mark.parametrize(("capacity", "places"), [(None, 6), (2, 2), (5, 5), (99, 6)])
+def test_capacity_and_lead_both_limit_admission(capacity: int | None, places: int) -> None:
+    budget = StalenessBudget(2, 4, 2, capacity)
+    assert sum(budget.charge() is not None for _ in range(20)) == budget.places == places
+    budget.refund()
+    assert [budget.charge(), budget.charge()] == [places, None]
+    budget.publish()
+    assert sum(budget.charge() is not None for _ in range(20)) == 2
+
+
+def test_capacity_below_one_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="capacity >= groups_per_batch does not hold: capacity=1, groups_per_batch=2"):
+        StalenessBudget(2, 4, 2, 1)
 
 
 def test_in_time() -> None:
@@ -92,7 +146,15 @@ def test_state_round_trip_and_its_checks() -> None:
     fresh.load_state_dict(state)
     assert fresh.state_dict() == state
     assert [fresh.charge() for _ in range(3)] == [7, 8, None], "ids go on; one batch, no burst"
+    held = StalenessBudget(2, 3, 1)
+    held.load_state_dict({**state, "charged": 10}, queued=3)
+    assert [held.charge() for _ in range(2)] == [10, None], "three places of four are taken"
+    lower = StalenessBudget(2, 3, 0)
+    lower.load_state_dict({**state, "charged": 10}, queued=3)
+    assert lower.charge() is None
     with pytest.raises(ConfigError, match=r"algorithm\.groups_per_batch=2, this run has 4: resume with .*=2"):
         StalenessBudget(4, 4, 1).load_state_dict(state)
     with pytest.raises(ValueError, match="5 != 4"):
         StalenessBudget(2, 4, 1).load_state_dict({**state, "charged": 8})
+    with pytest.raises(ValueError, match="4 != 5"):
+        StalenessBudget(2, 4, 1).load_state_dict(state, queued=1)

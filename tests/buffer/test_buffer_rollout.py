@@ -1,7 +1,7 @@
 """The buffer's contract, one promise per test."""
 
-import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +9,9 @@ from tensordict import LazyStackedTensorDict
 
 from vapo_async import schema
 from vapo_async.buffer import PublicationError, RolloutBuffer, StalenessViolation, TicketError
+from vapo_async.config import ConfigError
 from vapo_async.schema import FinishReason, Problem, Prompt, Response, Ticket
+from vapo_async.state import State, read_state, write_state
 
 
 def make_group(ticket: Ticket, group_size: int = 2, version: int | None = None) -> LazyStackedTensorDict:
@@ -144,14 +146,6 @@ def test_second_gate_fires_if_the_first_one_is_broken() -> None:
         buffer.take()
 
 
-def test_a_finished_group_that_cannot_be_served_fails_instead_of_waiting() -> None:
-    buffer = RolloutBuffer(1, 2, max_staleness=1, lead=1)
-    commit(buffer, *admit_all(buffer))
-    buffer._budget.published = 2
-    with pytest.raises(StalenessViolation, match=r"ticket 1 .* cannot be served within max_staleness=1"):
-        buffer.take()
-
-
 def test_a_ticket_ends_exactly_once() -> None:
     buffer = RolloutBuffer(1, 2, max_staleness=2, lead=2)
     first, second, third = admit_all(buffer)
@@ -219,27 +213,138 @@ def test_close_ends_admission_and_drains() -> None:
     )
 
 
-def test_resume_neither_bursts_nor_starves() -> None:
+def save(buffer: RolloutBuffer, folder: Path) -> State:
+    """Through the files of a checkpoint."""
+    write_state(buffer.state_dict(), folder, "buffer")
+    return read_state(folder, "buffer")
+
+
+def test_resume_goes_on_exactly(tmp_path: Path) -> None:
     buffer = RolloutBuffer(2, 2, max_staleness=2, lead=1)
     a, b, c, d = admit_all(buffer)
     commit(buffer, a, b, c)
     buffer.take()
     buffer.publish()
     before = buffer.ticket_counts()
-    state = json.loads(json.dumps(buffer.state_dict()))
+    state = save(buffer, tmp_path)
     assert buffer.ticket_counts() == before, "saving changes nothing"
-    assert buffer.unserved() == [c, d]
 
     resumed = RolloutBuffer(2, 2, max_staleness=3, lead=1)
-    resumed.load_state_dict(state)
-    assert resumed.ticket_counts() == {"charged": 4, "committed": 2, "refunded": 2, "outstanding": 0}
-    assert resumed.refund_reasons == {"not in the checkpoint": 2}
+    assert resumed.load_state_dict(state) == []
+    assert resumed.ticket_counts() == before == {"charged": 4, "committed": 3, "refunded": 0, "outstanding": 1}
+    assert resumed.unserved() == [c, d] and resumed.running() == [d] and resumed.ready == 1
     tickets = admit_all(resumed)
-    assert [t.ticket_id for t in tickets] == [4, 5, 6, 7] and {t.version for t in tickets} == {1}
-    commit(resumed, *tickets)
-    assert taken_ids(resumed) == [4, 5]
+    assert tickets == [Ticket(4, 1), Ticket(5, 1)], "no burst: two places of four are taken"
+    commit(resumed, tickets[0])
+    batch = resumed.take()
+    assert batch is not None and batch.tickets == [2, 4] and batch.ages == [1, 0]
+    for got, want in zip(batch.groups.unbind(0), make_group(c).unbind(0), strict=False):
+        assert all(torch.equal(got[key], want[key]) for key in schema.TRAJECTORY_DTYPES)
     with pytest.raises(TicketError, match="load first"):
         resumed.load_state_dict(state)
+
+
+def test_a_lower_lead_or_capacity_brings_everything_back_and_admits_later(tmp_path: Path) -> None:
+    buffer = RolloutBuffer(2, 2, max_staleness=3, lead=3)
+    tickets = admit_all(buffer)
+    commit(buffer, *tickets[:3])
+    state = save(buffer, tmp_path)
+    for resumed in (RolloutBuffer(2, 2, 3, 0), RolloutBuffer(2, 2, 3, 3, capacity=2)):
+        assert resumed.load_state_dict(state) == [] and resumed.unserved() == tickets
+        commit(resumed, *tickets[3:])
+        for version in range(4):
+            assert resumed.admit() is None, f"{8 - 2 * version} tickets are more than the two that may be there"
+            assert taken_ids(resumed) == [2 * version, 2 * version + 1]
+            assert resumed.publish() == version + 1
+        assert len(admit_all(resumed)) == 2
+
+
+def test_a_lower_bound_refunds_what_would_be_too_old(tmp_path: Path) -> None:
+    buffer = RolloutBuffer(1, 2, max_staleness=3, lead=1)
+    slow, fast = admit_all(buffer)
+    for _ in range(2):
+        commit(buffer, fast)
+        buffer.take()
+        buffer.publish()
+        (fast,) = admit_all(buffer)
+    state = save(buffer, tmp_path)
+    commit(buffer, slow)
+    ready_too = save(buffer, tmp_path)
+    for saved, committed in ((state, 2), (ready_too, 2)):
+        resumed = RolloutBuffer(1, 2, max_staleness=1, lead=1)
+        assert resumed.load_state_dict(saved) == [slow], "2 + 0 - 0 > 1, whether it was ready or not"
+        assert resumed.refund_reasons == {"max_staleness was lowered": 1}
+        assert resumed.ticket_counts() == {"charged": 4, "committed": committed, "refunded": 1, "outstanding": 1}
+        assert resumed.unserved() == [fast] == resumed.running()
+        assert admit_all(resumed) == [Ticket(4, 2)], "its place is free"
+
+
+def test_a_saved_group_that_breaks_the_schema_is_generated_again() -> None:
+    buffer = RolloutBuffer(1, 2, max_staleness=1, lead=1)
+    first, second = admit_all(buffer)
+    commit(buffer, first)
+    state = buffer.state_dict()
+    del state.tensors[schema.REWARD]
+    resumed = RolloutBuffer(1, 2, max_staleness=1, lead=1)
+    assert resumed.load_state_dict(state) == [first]
+    assert resumed.running() == [second] and resumed.ready == 0
+    assert resumed.refund_reasons == {"saved group breaks the schema": 1}
+
+
+def test_states_that_do_not_fit_are_refused() -> None:
+    buffer = RolloutBuffer(2, 2, max_staleness=1, lead=1)
+    admit_all(buffer)
+    state = buffer.state_dict()
+    with pytest.raises(ConfigError, match=r"algorithm\.groups_per_batch=2, this run has 3: resume with .*=2"):
+        RolloutBuffer(3, 2, 1, 1).load_state_dict(state)
+    with pytest.raises(ConfigError, match=r"algorithm\.group_size=2, this run has 3: resume with .*=2"):
+        RolloutBuffer(2, 3, 1, 1).load_state_dict(state)
+    state.data["queue"].pop()
+    with pytest.raises(ValueError, match="4 != 3"):
+        RolloutBuffer(2, 2, 1, 1).load_state_dict(state)
+
+
+def test_capacity_and_running_tickets_are_bounded() -> None:
+    buffer = RolloutBuffer(2, 2, max_staleness=4, lead=4, capacity=5, max_running=3)
+    first = admit_all(buffer)
+    assert len(first) == 3 and not buffer.can_admit, "three may run at one time"
+    commit(buffer, *first)
+    assert len(admit_all(buffer)) == 2, "five may be there"
+    assert buffer.take() is not None and buffer.admit() is None, "a batch counts until it is published"
+    buffer.publish()
+    assert len(admit_all(buffer)) == 1, "three run again"
+
+
+def test_who_holds_everybody_up() -> None:
+    """B = 2: only the ticket without which no batch can come."""
+    buffer = RolloutBuffer(2, 2, max_staleness=1, lead=1)
+    a, b = (buffer.admit() for _ in range(2))
+    assert a is not None and b is not None
+    assert buffer.straggler() == a and buffer.blocker() is None, "two more could be admitted"
+    c, d = admit_all(buffer)
+    commit(buffer, b)
+    assert buffer.straggler() == a and buffer.blocker() is None, "c or d can fill the batch"
+    buffer.close()
+    buffer.refund(c.ticket_id, "failed")
+    assert buffer.blocker() is None, "d can"
+    buffer.refund(d.ticket_id, "failed")
+    assert buffer.blocker() == a, "nobody else can"
+    late = RolloutBuffer(1, 2, max_staleness=1, lead=1)
+    slow, fast = admit_all(late)
+    commit(late, fast)
+    assert late.blocker() is None and taken_ids(late) == [1] and late.blocker() is None
+    late.publish()
+    commit(late, *admit_all(late))
+    assert late.blocker() == slow, "a batch is there, its deadline forbids it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [({"max_running": 0}, "max_running >= 1"), ({"capacity": 1}, "capacity >= groups_per_batch")],
+)
+def test_limits_are_checked(settings: dict[str, int], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        RolloutBuffer(2, 1, 0, 0, **settings)
 
 
 def test_group_size_is_checked() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_overrides
+from guessing_policy import guessing_overrides, make_guessing_policy
 from running import command, newest_run, start
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerBase
 
 from vapo_async import schema
 from vapo_async.build import BaseModel, build_verifier
@@ -29,53 +30,11 @@ ON = ("algorithm.dynamic_sampling=true",)
 
 @pytest.fixture(scope="session")
 def guessing_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """A policy that says ``0``, ``1`` or ends, a third each, whatever the prompt: "1" is right about every sixth time.
-
-    Every hidden state is the same and the head has three rows that are not zero.
-    """
-    torch.manual_seed(0)
-    policy = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=256,
-            tie_word_embeddings=False,
-        )
-    ).eval()
-    with torch.no_grad():
-        policy.get_input_embeddings().weight.fill_(1.0)
-        policy.model.layers[0].self_attn.o_proj.weight.zero_()
-        policy.model.layers[0].mlp.down_proj.weight.zero_()
-        policy.lm_head.weight.zero_()
-        for token in ("0", "1", tokenizer.eos_token):
-            policy.lm_head.weight[tokenizer.convert_tokens_to_ids(token)] = 0.3
-    policy.generation_config.eos_token_id = tokenizer.eos_token_id
-    policy.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder = tmp_path_factory.mktemp("guessing")
-    policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_guessing_policy(tmp_path_factory.mktemp("guessing"), tokenizer)
 
 
 def guessing(folder: Path, tmp_path: Path, *more: str) -> Config:
-    """The tiny run on problems that all have the answer 1."""
-    problems = tmp_path / "problems.jsonl"
-    problems.write_text("".join(json.dumps({"q": f"{i}-{i - 1}=", "a": "1"}) + "\n" for i in range(2, 80)))
-    task = [
-        "task=math",
-        f"task.train={problems}",
-        "task.heldout=null",
-        "task.question_column=q",
-        "task.answer_column=a",
-        "task.answer_style=last_line",
-        'task.template="{question}"',
-        "task.max_prompt_tokens=32",
-    ]
-    return load_config([*tiny_overrides(folder, tmp_path), *task, *ON, *more])
+    return load_config([*guessing_overrides(folder, tmp_path), *ON, *more])
 
 
 @pytest.mark.parametrize(("bound", "pretraining"), [(0, 0), (0, 1), (2, 0), (2, 2)])

@@ -125,6 +125,29 @@ def test_metrics_closing_table_says_where_everything_is() -> None:
     assert "10 charged, 8 committed, 1 refunded, 1 outstanding" in text
 
 
+def test_metrics_closing_table_tells_refunds_lengths_and_replacements_where_there_are_any() -> None:
+    stream = io.StringIO()
+    summary = {
+        "tickets": {"charged": 1204, "committed": 1200, "refunded": 3, "outstanding": 1},
+        "refund_reasons": {"all right": 0, "straggler": 2, "worker lost": 1},
+        "lengths": {
+            "generated": {"responses": 40, "mean": 12.25},
+            "trained": {"responses": 32, "mean": 10.0},
+            "refused": {"responses": 0, "mean": None},
+            "dropped": {"responses": 8, "mean": 1021.3},
+        },
+        "length_bias": -2.25,
+        "restarts": {"rollout worker 0": 2, "verifier": 1},
+    }
+    Console(stream).closing_table(summary, {})
+    lines = [" ".join(line.split()) for line in stream.getvalue().splitlines() if line.strip()]
+    assert lines == [
+        "tickets 1,204 charged, 1,200 committed, 3 refunded (2 straggler, 1 worker lost), 1 outstanding",
+        "mean response length 12.2 generated, 10.0 trained on (-2.2), 1,021.3 dropped",
+        "processes replaced 2 × rollout worker 0, 1 × verifier",
+    ]
+
+
 def test_metrics_closing_table_of_an_interrupted_run_leaves_out_what_is_unknown() -> None:
     stream = io.StringIO()
     Console(stream).closing_table({"seed": 3, "base_accuracy": None, "final_accuracy": None}, {"run": Path("runs/x")})

@@ -24,7 +24,7 @@ def test_metrics_negative_age_is_refused_and_leaves_no_trace() -> None:
 
 
 def test_metrics_totals_survive_json() -> None:
-    totals = RunTotals(generated_tokens=10, trained_tokens=7, optimizer_steps=3, versions=2, wall_s=1.5)
+    totals = RunTotals(trained_tokens=7, optimizer_steps=3, versions=2, wall_s=1.5)
     totals.ages.add([0, 3, 3])
     restored = RunTotals()
     restored.load_state_dict(json.loads(json.dumps(totals.state_dict())))

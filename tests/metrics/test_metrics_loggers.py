@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from vapo_async.config import ConfigError, LoggingConfig
+from vapo_async.metrics.jsonl import JsonLines
 from vapo_async.metrics.loggers import build_logger, check_loggers, read_metrics
 
 
@@ -48,6 +49,13 @@ def test_metrics_numbers_that_are_not_finite_stay_valid_json(tmp_path: Path) -> 
         log.log(1, {"explained_variance": math.nan, "loss": math.inf})
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1, "explained_variance": None, "loss": None}
     assert math.isnan(read_metrics(tmp_path)[0]["loss"])
+
+
+def test_metrics_full_disk_fails_the_write_and_not_the_close() -> None:
+    lines = JsonLines(Path("/dev/full"))
+    with pytest.raises(OSError, match="No space left"):
+        lines.write({"step": 1})
+    lines.close()
 
 
 def test_metrics_reading_a_folder_without_any_says_so(tmp_path: Path) -> None:

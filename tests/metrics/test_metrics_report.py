@@ -10,7 +10,7 @@ from vapo_async.config import LoggingConfig
 from vapo_async.metrics import names
 from vapo_async.metrics.loggers import build_logger, read_metrics
 from vapo_async.metrics.report import draw, write_report
-from vapo_async.metrics.summary import Summary, TicketCounts, read_summary, write_summary
+from vapo_async.metrics.summary import LengthCounts, Summary, TicketCounts, read_summary, write_summary
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -32,6 +32,11 @@ def make_summary() -> Summary:
         seed=1,
         tickets=TicketCounts(charged=6, committed=4, refunded=1, outstanding=1),
         name="fabricated",
+        refund_reasons={"straggler": 1},
+        lengths={"trained": LengthCounts(16, 40.5), "dropped": LengthCounts(0, None)},
+        length_bias=-0.5,
+        seconds={"learning_wait_s": 3.25},
+        restarts={"verifier": 1},
     )
 
 
@@ -55,16 +60,54 @@ def test_metrics_report_is_a_picture(pretraining: int, steps: int, tmp_path: Pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["csv", "metrics.jsonl", "report.png", "summary.json"]
 
 
-def test_metrics_report_shows_six_panels_with_base_and_bound(tmp_path: Path) -> None:
+def test_metrics_report_shows_its_panels_with_base_and_bound(tmp_path: Path) -> None:
     fabricate(tmp_path, 4, 6)
     figure = draw(read_metrics(tmp_path), "a title", max_staleness=4)
     panels = {axes.get_title(): axes for axes in figure.axes}
-    assert len(panels) == 6
+    assert len(panels) == 8
     labels = {text.get_text() for axes in figure.axes if (legend := axes.get_legend()) for text in legend.get_texts()}
     assert {"base 18.0%", "bound 4", "mean", "max"} <= labels
     reward = panels["Reward"].lines[0]
     assert list(reward.get_xdata()) == list(range(-3, 7))
     assert list(reward.get_ydata()) == [step / 10 for step in range(-3, 7)]
+
+
+def test_metrics_report_draws_the_flow(tmp_path: Path) -> None:
+    with build_logger(LoggingConfig(), tmp_path, "run") as log:
+        for step in (1, 2, 3):
+            shares = {names.GENERATION_WAIT: 0.1 * step, names.LEARNING_WAIT: 0.5}
+            lengths = {names.LENGTH + "generated": 20.0 + step, names.RESPONSE_LENGTH: 20.0}
+            refunds = {names.REFUNDS + "worker_lost": step - 1, names.REFUNDS + "all_right": 0}
+            log.log(step, shares | lengths | refunds)
+        log.log(2, {names.LENGTH + "dropped": 64.0})
+    panels = {axes.get_title(): axes for axes in draw(read_metrics(tmp_path), "a title", None).axes}
+    drawn = {
+        title: {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines}
+        for title, axes in panels.items()
+    }
+    assert drawn["Response length"] == {
+        "generated": ([1, 2, 3], [21.0, 22.0, 23.0]),
+        "trained on": ([1, 2, 3], [20.0, 20.0, 20.0]),
+        "dropped": ([2], [64.0]),
+    }
+    assert drawn["Time without work"] == {
+        "generation": ([1, 2, 3], pytest.approx([0.1, 0.2, 0.3])),
+        "learner": ([1, 2, 3], [0.5, 0.5, 0.5]),
+    }
+    assert drawn["Tickets refunded"] == {"worker lost": ([1, 2, 3], [0, 1, 2])}
+
+
+def test_metrics_report_tells_no_refund_from_none_logged(tmp_path: Path) -> None:
+    fabricate(tmp_path, 0, 3)
+
+    def texts() -> dict[str, list[str]]:
+        axes = draw(read_metrics(tmp_path), "a title", None).axes
+        return {a.get_title(): [text.get_text() for text in a.texts] for a in axes}
+
+    assert texts()["Tickets refunded"] == texts()["Time without work"] == ["nothing logged"]
+    with build_logger(LoggingConfig(), tmp_path, "run") as log:
+        log.log(3, {names.REFUNDS + "all_right": 0})
+    assert texts()["Tickets refunded"] == ["none"]
 
 
 def test_metrics_report_of_a_run_that_died_early(tmp_path: Path) -> None:
@@ -88,6 +131,17 @@ def test_metrics_summary_holds_the_promised_names_and_reads_back(tmp_path: Path)
     assert data["tickets"] == {"charged": 6, "committed": 4, "refunded": 1, "outstanding": 1}
     assert read_summary(tmp_path) == make_summary()
     assert make_summary().tickets.balanced and not TicketCounts(charged=1).balanced
+
+
+def test_metrics_summary_of_an_older_run_is_read(tmp_path: Path) -> None:
+    write_summary(make_summary(), tmp_path)
+    path = tmp_path / "summary.json"
+    data = json.loads(path.read_text())
+    for name in ("refund_reasons", "lengths", "length_bias", "seconds", "restarts"):
+        del data[name]
+    path.write_text(json.dumps(data))
+    summary = read_summary(tmp_path)
+    assert summary.tickets.balanced and summary.lengths == {} and summary.length_bias is None
 
 
 def test_metrics_summary_that_cannot_be_written_leaves_the_old_one(

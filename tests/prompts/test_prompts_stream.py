@@ -99,15 +99,19 @@ def test_a_resumed_stream_goes_on_as_if_nothing_had_happened(actions: list[str],
     assert kept.left_out == resumed.left_out <= 1
 
 
-def test_outstanding_prompts_are_returned_in_the_state() -> None:
+def test_the_state_holds_what_was_put_back_and_nothing_that_is_out() -> None:
     prompts = stream("1+1:", "2+2:", "3+3:")
     given_out = [prompts.next() for _ in range(3)]
+    prompts.put_back(given_out[2])
     prompts.put_back(given_out[1])
-    state = prompts.state_dict(outstanding=[given_out[2], given_out[0]])
+    state = prompts.state_dict()
+    assert state["returned"] == [[1, given_out[1].problem.index], [2, given_out[2].problem.index]]
     assert prompts.next() == given_out[1], "taking the state changes nothing"
     resumed = stream("1+1:", "2+2:", "3+3:")
     resumed.load_state_dict(state)
-    assert [resumed.next() for _ in range(3)] == given_out
+    assert [resumed.next() for _ in range(2)] == given_out[1:] and resumed.next().group_id == 3
+    resumed.put_back(given_out[0])
+    assert resumed.next() == given_out[0]
 
 
 def test_long_prompts_are_left_out_and_counted_once() -> None:

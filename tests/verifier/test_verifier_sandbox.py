@@ -48,9 +48,17 @@ def test_reasoning_gym_pays_in_full_or_not_at_all(sandbox: Sandbox) -> None:
     preds = ["5", "15", "the answer is 5", "5 or 6", ""]
     outcomes = sandbox.run([ReasoningGymJob("chain_sum", "5", pred) for pred in preds])
     assert [outcome.correct for outcome in outcomes] == [True, False, False, False, False]
-    countdown = {"numbers": [2, 3], "target": 5}
-    jobs = [ReasoningGymJob("countdown", "2 + 3", pred, countdown) for pred in ["3+2", "5", "__import__('os').abort()"]]
-    assert [outcome.correct for outcome in sandbox.run(jobs)] == [True, False, False]
+
+
+def test_a_scorer_that_compiles_the_answers_text_is_stopped(sandbox: Sandbox) -> None:
+    countdown = {"numbers": [2, 3], "target": 5}  # its scorer gives the text to SymPy's eval
+    jobs: list[Job] = [ReasoningGymJob("countdown", "2 + 3", pred, countdown) for pred in ["3+2", "__import__('os')"]]
+    pids = sandbox.pids
+    assert sandbox.run([*jobs, HONEST]) == [Outcome(False, "forbidden")] * 2 + [RIGHT]
+    assert not set(sandbox.pids) & set(pids), "a sealed worker loads nothing: another one takes its place"
+    pids = sandbox.pids
+    assert sandbox.run([HONEST, ReasoningGymJob("chain_sum", "5", "5")] * 4) == [RIGHT] * 8
+    assert sandbox.pids == pids, "what was needed once is loaded together"
 
 
 def test_unknown_dataset_is_an_error(sandbox: Sandbox) -> None:
@@ -104,7 +112,9 @@ def test_a_worker_limits_itself(sandbox: Sandbox) -> None:
         assert worker.rlimit(psutil.RLIMIT_AS) == (2048 << 20, 2048 << 20)
         assert worker.rlimit(psutil.RLIMIT_FSIZE) == worker.rlimit(psutil.RLIMIT_CORE) == (0, 0)
         assert 0 < worker.rlimit(psutil.RLIMIT_CPU)[0] < 60  # seconds
+        assert worker.rlimit(psutil.RLIMIT_NOFILE) == (1, 1)
         assert "HF_TOKEN" not in worker.environ()
+        assert "Seccomp:\t2" in Path(f"/proc/{worker.pid}/status").read_text()
 
 
 def test_stopped_and_killed_workers_are_replaced(sandbox: Sandbox) -> None:
@@ -115,14 +125,58 @@ def test_stopped_and_killed_workers_are_replaced(sandbox: Sandbox) -> None:
         assert sandbox.run([HONEST] * 8) == [RIGHT] * 8
 
 
-def test_a_death_in_the_middle_of_an_answer() -> None:
+def _kill_the_worker(box: Sandbox, times: int) -> None:
+    """Waits each time until a worker has computed for a while."""
+    for _ in range(times):
+        pid = box.pids[0]
+        end = time.monotonic() + 20
+        while time.monotonic() < end and not _computes(pid):
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        while time.monotonic() < end and box.pids[0] == pid:
+            time.sleep(0.01)
+
+
+def _computes(pid: int) -> bool:
+    """It is sealed (so it judges) and has used processor time since."""
+    if "Seccomp:\t2" not in Path(f"/proc/{pid}/status").read_text():
+        return False
+    before = sum(psutil.Process(pid).cpu_times()[:2])
+    time.sleep(0.2)
+    return sum(psutil.Process(pid).cpu_times()[:2]) > before + 0.05
+
+
+@pytest.mark.parametrize(("deaths", "outcome"), [(1, Outcome(False, "timeout")), (2, Outcome(False, "crashed"))])
+def test_an_answer_whose_worker_died_is_judged_once_more(deaths: int, outcome: Outcome) -> None:
     with Sandbox(workers=1, timeout_s=3.0, memory_mb=2048) as box:
-        box.run([HONEST])
-        timer = threading.Timer(0.7, os.kill, (box.pids[0], signal.SIGKILL))
-        timer.start()
-        outcomes = box.run([HANGS, HONEST])
-        timer.join()
-    assert outcomes == [Outcome(False, "crashed"), RIGHT]
+        killer = threading.Thread(target=_kill_the_worker, args=(box, deaths))
+        killer.start()
+        start = time.monotonic()
+        outcomes = box.run([HONEST, HANGS, HONEST])
+        killer.join()
+    assert outcomes == [RIGHT, outcome, RIGHT]
+    assert time.monotonic() - start < 30
+
+
+def test_a_worker_killed_from_outside_changes_no_verdict(sandbox: Sandbox) -> None:
+    """Workers die again and again while honest answers are judged."""
+    jobs = [
+        EquivalenceJob(rf"\frac{{{i}}}{{7}} x", rf"\frac{{{i if i % 3 else i + 1} x^2}}{{7x}}") for i in range(1, 1500)
+    ]
+    done = threading.Event()
+
+    def kill() -> None:
+        while not done.wait(1.5):
+            os.kill(sandbox.pids[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        outcomes = sandbox.run(jobs)
+    finally:
+        done.set()
+        killer.join()
+    assert outcomes == [Outcome(i % 3 != 0) for i in range(1, 1500)]
 
 
 def test_threads_may_share_it(sandbox: Sandbox) -> None:
@@ -179,9 +233,8 @@ def test_workers_end_with_a_killed_parent(busy: bool) -> None:
 
 def test_a_worker_imports_no_torch() -> None:
     code = (
-        "import sys, vapo_async.verifier.worker as w; scorers = {}\n"
-        "w._load({'kind': 'equivalence'}, scorers)\n"
-        "w._load({'kind': 'reasoning_gym', 'dataset': 'chain_sum'}, scorers)\n"
+        "import sys, vapo_async.verifier.worker as w\n"
+        "w.load({'math_verify', 'reasoning_gym chain_sum'})\n"
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0

@@ -2,9 +2,18 @@
 
 from dataclasses import dataclass
 
+import torch
 from tensordict import LazyStackedTensorDict, TensorDictBase
 
-from vapo_async.schema import GROUP_ID, POLICY_VERSION, TICKET_ID, Ticket, check_trajectory, oldest_version
+from vapo_async.schema import (
+    GROUP_ID,
+    POLICY_VERSION,
+    RESPONSE_MASK,
+    TICKET_ID,
+    Ticket,
+    check_trajectories,
+    oldest_of,
+)
 
 
 class TicketError(RuntimeError):
@@ -40,15 +49,14 @@ def check_group(ticket: Ticket, group: TensorDictBase, group_size: int) -> int:
     who, trajectories = f"ticket {ticket.ticket_id}", group.unbind(0)
     if len(trajectories) != group_size:
         raise ValueError(f"{who}: the group holds {len(trajectories)} trajectories, group_size={group_size}")
-    for trajectory in trajectories:
-        check_trajectory(trajectory)
-    tickets = {int(t[TICKET_ID]) for t in trajectories}
+    columns = check_trajectories(trajectories)
+    tickets = {*torch.stack(columns[TICKET_ID]).tolist()}
     if tickets != {ticket.ticket_id}:
         raise ValueError(f"{who}: key '{TICKET_ID}' holds {sorted(tickets)}")
-    prompts = {int(t[GROUP_ID]) for t in trajectories}
+    prompts = {*torch.stack(columns[GROUP_ID]).tolist()}
     if len(prompts) != 1:
         raise ValueError(f"{who}: key '{GROUP_ID}' holds {sorted(prompts)}, expected one prompt")
-    oldest = oldest_version(group)
+    oldest = oldest_of(columns[POLICY_VERSION], columns[RESPONSE_MASK])
     if oldest < ticket.version:
         raise ValueError(
             f"{who}: key '{POLICY_VERSION}' goes back to version {oldest}, but it was admitted at version "

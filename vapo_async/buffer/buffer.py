@@ -5,82 +5,79 @@
 
 Every method returns at once; the launcher does the waiting. One thread at a time: the class holds no lock.
 Learner's turn: ``take`` until it gives a batch, train, ``publish``, and again.
+
+What a group costs does not depend on how many are held or have passed through; ``state_dict``, ``load_state_dict`` and
+``unserved`` go over the whole queue.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import islice
-from typing import Any
+from tensordict import LazyStackedTensorDict, TensorDictBase
 
-import torch
-from tensordict import LazyStackedTensorDict, TensorDict, TensorDictBase
-from torchrl.data import LazyStackStorage, ReplayBuffer, RoundRobinWriter
-from torchrl.envs.transforms import PolicyAgeFilter
+from vapo_async.buffer.batch import Batch, PublicationError, TicketError, check_group
+from vapo_async.buffer.budget import StalenessBudget, late
+from vapo_async.buffer.gate import AgeGate
+from vapo_async.buffer.packing import pack_groups, unpack_groups
+from vapo_async.buffer.queue import Entry, TicketQueue
+from vapo_async.buffer.storage import GroupStorage
+from vapo_async.config import ConfigError
+from vapo_async.schema import GROUP_ID, Ticket
+from vapo_async.state import State
 
-from vapo_async.buffer.batch import Batch, PublicationError, StalenessViolation, TicketError, check_group
-from vapo_async.buffer.budget import Choice, StalenessBudget, choose_batch
-from vapo_async.buffer.sampler import ChosenSampler
-from vapo_async.schema import GROUP_ID, POLICY_VERSION, Ticket
-
-UNSERVED = "not in the checkpoint"
-"""The reason under which a checkpoint counts the tickets that it does not hold."""
-
-
-@dataclass
-class _Entry:
-    """A ticket in the queue. ``slot`` and ``oldest`` are set by ``commit``."""
-
-    ticket: Ticket
-    slot: int | None = None  # where the group lies in the storage; None while it is being generated
-    oldest: int = -1  # smallest policy_version among the generated tokens
+BOUND_LOWERED = "max_staleness was lowered"
+"""The reason of a refund on resume: the ticket could not be served within the new bound."""
+SCHEMA_CHANGED = "saved group breaks the schema"
+"""The reason of a refund on resume: another version of this software wrote the group."""
 
 
 class RolloutBuffer:
     """Admission control and deadlines over a TorchRL ``ReplayBuffer`` of ragged groups.
 
-    Groups belong to the buffer from ``commit`` on: nothing is copied. At most (L + 1) * B groups are ever held.
+    Groups belong to the buffer from ``commit`` on: nothing is copied. At most min((L + 1) * B, C) groups are ever held,
+    or as many as a resume restored.
 
     Args:
         groups_per_batch: B, groups of one batch.
         group_size: G, responses of one group.
         max_staleness: S, the largest age at take, in versions.
         lead: L <= S, batches that generation may run ahead.
+        capacity: C >= B, tickets that are given and whose batch is not published; None sets no limit beyond the lead's.
+        max_running: tickets that run at one time; None sets no limit.
 
     Raises:
-        ValueError: unless B >= 1, G >= 1 and 0 <= L <= S.
+        ValueError: unless B >= 1, G >= 1, 0 <= L <= S, C >= B and max_running >= 1.
     """
 
-    def __init__(self, groups_per_batch: int, group_size: int, max_staleness: int, lead: int) -> None:
-        self._budget = StalenessBudget(groups_per_batch, max_staleness, lead)
+    def __init__(
+        self,
+        groups_per_batch: int,
+        group_size: int,
+        max_staleness: int,
+        lead: int,
+        *,
+        capacity: int | None = None,
+        max_running: int | None = None,
+    ) -> None:
+        self._budget = StalenessBudget(groups_per_batch, max_staleness, lead, capacity)
         if group_size < 1:
             raise ValueError(f"group_size >= 1 does not hold: group_size={group_size}")
-        self._group_size = group_size
-        self._queue: dict[int, _Entry] = {}  # by ticket id = in order of admission: running and ready
-        self._ready = 0
+        if max_running is not None and max_running < 1:
+            raise ValueError(f"max_running >= 1 does not hold: max_running={max_running}")
+        self._group_size, self.max_running = group_size, max_running
+        self._queue = TicketQueue(self._budget)
         self._committed = 0
         self._refund_reasons: dict[str, int] = {}
         self._batch_out = False
         self._closed = False
-        self._sampler = ChosenSampler()
-        # compilable=True: plain integers for the cursors instead of semaphores shared between processes.
-        self._storage = ReplayBuffer(
-            storage=LazyStackStorage((lead + 1) * groups_per_batch, compilable=True),
-            sampler=self._sampler,
-            writer=RoundRobinWriter(compilable=True),
-            consume_after_n_samples=1,
-            batch_size=groups_per_batch,
-        )
-        self._age_filter = PolicyAgeFilter(lambda: self._budget.published, max_staleness, strict=True)
+        self._storage = GroupStorage(self._budget.places, groups_per_batch)
+        self._gate = AgeGate(self._budget)
 
     def admit(self) -> Ticket | None:
-        """A ticket at the published version, or None while the lead is spent or the buffer is closed."""
-        if self._closed:
+        """A ticket at the published version, or None while :attr:`can_admit` is False."""
+        if not self.can_admit:
             return None
         ticket_id = self._budget.charge()
-        if ticket_id is None:
-            return None
+        assert ticket_id is not None
         ticket = Ticket(ticket_id, self._budget.published)
-        self._queue[ticket_id] = _Entry(ticket)
+        self._queue.append(Entry(ticket))
         return ticket
 
     def commit(self, ticket_id: int, group: TensorDictBase) -> None:
@@ -89,12 +86,9 @@ class RolloutBuffer:
         Raises ``TicketError`` if the ticket is not running, ``ValueError`` if the group breaks the schema or is not the
         ticket's; the ticket then stays outstanding, to be committed again or refunded.
         """
-        entry = self._running(ticket_id)
+        entry = self._queue.running(ticket_id)
         oldest = check_group(entry.ticket, group, self._group_size)
-        slot = int(self._storage.extend([group]))
-        assert len(self._storage) == self._ready + 1, f"slot {slot} held an unread group"
-        entry.slot, entry.oldest = slot, oldest
-        self._ready += 1
+        self._queue.finish(entry, self._storage.put(group), oldest)
         self._committed += 1
 
     def refund(self, ticket_id: int, reason: str) -> None:
@@ -102,14 +96,12 @@ class RolloutBuffer:
 
         Raises ``TicketError`` if the ticket is not running.
         """
-        self._running(ticket_id)
-        del self._queue[ticket_id]
-        self._budget.refund()
-        self._refund_reasons[reason] = self._refund_reasons.get(reason, 0) + 1
+        self._queue.remove(self._queue.running(ticket_id))
+        self._count_refund(reason)
 
     def reject(self, ticket_id: int, group: TensorDictBase, reason: str) -> None:
         """Ends a ticket with a refund though it has its group, which nobody is to train on. Raises as ``commit``."""
-        check_group(self._running(ticket_id).ticket, group, self._group_size)
+        check_group(self._queue.running(ticket_id).ticket, group, self._group_size)
         self.refund(ticket_id, reason)
 
     def take(self) -> Batch | None:
@@ -119,23 +111,19 @@ class RolloutBuffer:
         """
         if self._batch_out:
             raise PublicationError("take() before publish(): the batch taken before has to be published first")
-        budget = self._budget
-        choice = self._choose()
-        if choice.positions is None:
+        entries = self._queue.next_batch()
+        if entries is None:
             return None
-        queue = list(self._queue.values())
-        entries = [queue[position] for position in choice.positions]
-        self._check_ages(entries)
-        self._sampler.choose([entry.slot for entry in entries if entry.slot is not None])
-        groups = self._storage.sample().unbind(0)
+        self._gate.check(entries)
+        groups = self._storage.draw([entry.slot for entry in entries if entry.slot is not None])
         for entry in entries:
-            del self._queue[entry.ticket.ticket_id]
-        self._ready -= len(entries)
+            self._queue.remove(entry)
         self._batch_out = True
+        now = self._budget.published
         return Batch(
             groups=LazyStackedTensorDict(*(t for group in groups for t in group.unbind(0)), stack_dim=0),
-            ages=[budget.published - entry.oldest for entry in entries],
-            version=budget.published,
+            ages=[now - entry.oldest for entry in entries],
+            version=now,
             tickets=[entry.ticket.ticket_id for entry in entries],
             group_ids=[int(group[0][GROUP_ID]) for group in groups],
         )
@@ -160,6 +148,17 @@ class RolloutBuffer:
         return self._closed
 
     @property
+    def can_admit(self) -> bool:
+        """False while lead, capacity or ``max_running`` is spent, and once the buffer is closed."""
+        free = self.max_running is None or self.outstanding < self.max_running
+        return not self._closed and free and self._budget.can_admit()
+
+    @property
+    def groups_per_batch(self) -> int:
+        """B."""
+        return self._budget.groups_per_batch
+
+    @property
     def published(self) -> int:
         """Versions published so far."""
         return self._budget.published
@@ -167,12 +166,12 @@ class RolloutBuffer:
     @property
     def outstanding(self) -> int:
         """Tickets that are running: admitted, neither committed nor refunded."""
-        return len(self._queue) - self._ready
+        return len(self._queue) - self._queue.ready
 
     @property
     def ready(self) -> int:
         """Groups that are committed and not taken."""
-        return self._ready
+        return self._queue.ready
 
     @property
     def committed(self) -> int:
@@ -194,102 +193,107 @@ class RolloutBuffer:
         }
 
     def unserved(self) -> list[Ticket]:
-        """Running and ready tickets in order of admission: a checkpoint has to put their prompts back in front."""
-        return [entry.ticket for entry in self._queue.values()]
+        """Running and ready tickets in order of admission."""
+        return [entry.ticket for entry in self._queue]
+
+    def running(self) -> list[Ticket]:
+        """Running tickets in order of admission."""
+        return [entry.ticket for entry in self._queue if entry.slot is None]
 
     def straggler(self) -> Ticket | None:
         """The running ticket that the learner waits for, or None.
 
         It is the one whose deadline forbids the batch; while fewer than B groups are finished, the oldest running one.
         """
-        if self._batch_out:
-            return None
-        choice = self._choose()
-        if choice.late is not None:
-            return self._at(choice.late).ticket
-        if choice.positions is not None:
-            return None
-        return next((entry.ticket for entry in self._queue.values() if entry.slot is None), None)
+        return None if self._batch_out else self._queue.straggler()
+
+    def blocker(self) -> Ticket | None:
+        """The straggler, if no other ticket can take its place in the batch.
+
+        Either its deadline forbids the batch, or all that is finished and running is not one group more than the batch
+        needs and nothing can be admitted. While others may still fill the batch, it is merely slow.
+        """
+        batch = self.groups_per_batch
+        replaceable = self.ready < batch and (len(self._queue) > batch or self.can_admit)
+        return None if replaceable else self.straggler()
 
     def why_waiting(self) -> str:
         """One line: what the learner's next batch waits for."""
-        budget, late = self._budget, self.straggler()
+        budget, slow = self._budget, self.straggler()
         if self._batch_out:
             return f"the batch taken at version {budget.published} has not been published"
-        finished = f"{self._ready} of {budget.groups_per_batch} groups are finished"
-        if late is None:
-            if self._ready >= budget.groups_per_batch:
+        finished = f"{self.ready} of {budget.groups_per_batch} groups are finished"
+        if slow is None:
+            if self.ready >= budget.groups_per_batch:
                 return "nothing: a batch is ready"
-            hint = "the buffer is closed" if self._closed else f"admission is open: {budget.can_admit()}"
+            hint = "the buffer is closed" if self._closed else f"admission is open: {self.can_admit}"
             return f"{finished} and no ticket is running ({hint})"
-        who = f"ticket {late.ticket_id} (admitted at version {late.version}, now {budget.published})"
-        if self._ready >= budget.groups_per_batch:
+        who = f"ticket {slow.ticket_id} (admitted at version {slow.version}, now {budget.published})"
+        if self.ready >= budget.groups_per_batch:
             return f"{finished}, but {who} would become older than max_staleness={budget.max_staleness} if overtaken"
         return f"{finished}, {self.outstanding} tickets are running, the oldest is {who}"
 
-    def state_dict(self) -> dict[str, Any]:
-        """Counters as plain JSON, without changing the buffer: no group and no running ticket is saved.
+    def state_dict(self) -> State:
+        """Counters, the queue and the groups that are ready; nothing of it is changed.
 
-        Both are counted as refunded in the state, so that ``charged − refunded = published * B`` on resume and neither
-        a burst nor a gap follows; save the prompts of :meth:`unserved` beside it, to go back in front.
         Raises ``PublicationError`` between take and publish, when the batch belongs to neither side.
         """
         if self._batch_out:
             raise PublicationError("state_dict() between take() and publish(): save after the publication")
-        dropped, reasons = len(self._queue), self.refund_reasons
-        if dropped:
-            reasons[UNSERVED] = reasons.get(UNSERVED, 0) + dropped
-        budget = self._budget.state_dict()
-        budget["refunded"] += dropped
-        return {"budget": budget, "committed": self._committed - self._ready, "refund_reasons": reasons}
+        data = {
+            "budget": self._budget.state_dict(),
+            "group_size": self._group_size,
+            "committed": self._committed,
+            "refund_reasons": self.refund_reasons,
+            "queue": [[e.ticket.ticket_id, e.ticket.version, e.slot is not None] for e in self._queue],
+        }
+        return State(data, pack_groups([self._storage.get(e.slot) for e in self._queue if e.slot is not None]))
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores the counters; the next ticket id follows the last one. For a buffer that has given no ticket.
+    def load_state_dict(self, state: State) -> list[Ticket]:
+        """Restores all of it, for a buffer that has given no ticket. S, L, C and ``max_running`` may be others now.
 
-        Raises ``ConfigError`` if B differs, ``ValueError`` if the counters do not balance, ``TicketError`` if tickets
-        were given.
+        Returns the tickets, in order, that had to be refunded: those that would break a lower S, and those whose group
+        is not what the schema asks for.
+
+        Raises ``ConfigError`` if B or G differs, ``ValueError`` if the counters do not balance, ``TicketError`` if
+        tickets were given.
         """
         if self._budget.charged:
             raise TicketError(f"load_state_dict() after {self._budget.charged} tickets were given: load first")
-        self._budget.load_state_dict(state["budget"])
-        self._committed = state["committed"]
-        self._refund_reasons = dict(state["refund_reasons"])
-
-    def _choose(self) -> Choice:
-        """The batch as it stands; deadlines speak only once B groups are finished."""
-        budget = self._budget
-        if self._ready < budget.groups_per_batch:
-            return Choice(None, None)
-        states = ((entry.ticket.version, entry.slot is not None) for entry in self._queue.values())
-        choice = choose_batch(states, budget.groups_per_batch, budget.max_staleness, budget.published)
-        if choice.late is not None and self._at(choice.late).slot is not None:
-            late = self._at(choice.late).ticket
-            raise StalenessViolation(
-                f"ticket {late.ticket_id} (admitted at version {late.version}, now {budget.published}) is finished but "
-                f"cannot be served within max_staleness={budget.max_staleness}"
+        data, size = state.data, self._group_size
+        self._budget.load_state_dict(data["budget"], len(data["queue"]))
+        if data["group_size"] != size:
+            raise ConfigError(
+                f"the checkpoint was written with algorithm.group_size={data['group_size']}, this run has {size}: "
+                f"resume with algorithm.group_size={data['group_size']}"
             )
-        return choice
+        self._committed, self._refund_reasons = data["committed"], dict(data["refund_reasons"])
+        budget, versions = self._budget, [version for _, version, _ in data["queue"]]
+        self._storage = GroupStorage(max(budget.places, len(versions)), budget.groups_per_batch)
+        overdue = {*late(versions, budget.groups_per_batch, budget.max_staleness, budget.published)}
+        groups = iter(unpack_groups(state.tensors, size))
+        refunded: list[Ticket] = []
+        for index, (ticket_id, version, ready) in enumerate(data["queue"]):
+            ticket, group = Ticket(ticket_id, version), next(groups) if ready else None
+            reason = BOUND_LOWERED if index in overdue else self._restore(ticket, group)
+            if reason is not None:
+                self._committed -= ready
+                self._count_refund(reason)
+                refunded.append(ticket)
+        return refunded
 
-    def _at(self, position: int) -> _Entry:
-        return next(islice(self._queue.values(), position, None))
+    def _restore(self, ticket: Ticket, group: TensorDictBase | None) -> str | None:
+        """Back into the queue; why it cannot be, or None."""
+        entry = Entry(ticket)
+        if group is not None:
+            try:
+                oldest = check_group(ticket, group, self._group_size)
+            except ValueError:
+                return SCHEMA_CHANGED
+            entry = Entry(ticket, self._storage.put(group), oldest)
+        self._queue.append(entry)
+        return None
 
-    def _running(self, ticket_id: int) -> _Entry:
-        entry = self._queue.get(ticket_id)
-        if entry is None or entry.slot is not None:
-            known = 0 <= ticket_id < self._budget.charged
-            raise TicketError(
-                f"ticket {ticket_id} has already ended: a ticket is committed or refunded exactly once"
-                if known
-                else f"ticket {ticket_id} was never given"
-            )
-        return entry
-
-    def _check_ages(self, entries: Sequence[_Entry]) -> None:
-        """The second gate: TorchRL's filter over the oldest token of every group, against the live version."""
-        rows = TensorDict(
-            {POLICY_VERSION: torch.tensor([entry.oldest for entry in entries])}, batch_size=[len(entries)]
-        )
-        if len(self._age_filter(rows)) < len(entries):
-            now, bound = self._budget.published, self._budget.max_staleness
-            late = {e.ticket.ticket_id: now - e.oldest for e in entries if now - e.oldest > bound}
-            raise StalenessViolation(f"older than max_staleness={bound} at version {now}: ages by ticket {late}")
+    def _count_refund(self, reason: str) -> None:
+        self._budget.refund()
+        self._refund_reasons[reason] = self._refund_reasons.get(reason, 0) + 1

@@ -5,6 +5,8 @@ committed, and the ticket that takes its place gets another prompt. Groups for v
 them that is overtaken may still reach the policy.
 """
 
+from typing import Any
+
 from tensordict import TensorDictBase
 
 from vapo_async.config import RunError
@@ -45,12 +47,12 @@ class DynamicSampling:
 
     @property
     def in_a_row(self) -> int:
-        """Groups refused since the last one that was not; no checkpoint holds it, so a resumed run starts at 0."""
+        """Groups refused since the last one that was not, or since patience was lost; over resumes."""
         return sum(self._in_a_row.values())
 
     @property
     def rejected_responses(self) -> int:
-        """Responses of refused groups, since this process started."""
+        """Responses of refused groups, over resumes."""
         return self._responses
 
     @property
@@ -83,3 +85,12 @@ class DynamicSampling:
             f"train on {'harder' if right > wrong else 'easier'} problems, raise algorithm.group_size or "
             "algorithm.dynamic_sampling_patience, or set algorithm.dynamic_sampling=false"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON data: the row and the counters."""
+        return {"in_a_row": dict(self._in_a_row), "responses": self._responses, "tokens": self._tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` gave; patience and exemption are this run's."""
+        self._in_a_row = {ALL_RIGHT: state["in_a_row"][ALL_RIGHT], ALL_WRONG: state["in_a_row"][ALL_WRONG]}
+        self._responses, self._tokens = state["responses"], state["tokens"]

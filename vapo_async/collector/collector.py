@@ -2,13 +2,24 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from tensordict import LazyStackedTensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from vapo_async.collector.engine import Engine, GenerationRequest
-from vapo_async.schema import Prompt, Response, Ticket, make_trajectory, stack_group
+from vapo_async.responses import copy_of, pack_responses, unpack_responses
+from vapo_async.schema import (
+    Prompt,
+    Response,
+    Ticket,
+    make_trajectory,
+    prompt_from_json,
+    prompt_to_json,
+    stack_group,
+)
+from vapo_async.state import State, under
 
 
 @dataclass
@@ -66,17 +77,43 @@ class Collector:
         """Tokens sampled so far, those of unfinished responses included."""
         return self._engine.generated_tokens
 
-    def start(self, ticket: Ticket, prompt: Prompt) -> None:
-        """Submits a group. The engine must have the admission's weights: older ones would break the staleness bound."""
+    @property
+    def tickets(self) -> list[int]:
+        """Ids of the groups in flight, in the order in which they were started."""
+        return list(self._running)
+
+    def start(self, ticket: Ticket, prompt: Prompt, carried: Sequence[Response] = ()) -> None:
+        """Submits a group. The engine must have the admission's weights: older ones would break the staleness bound.
+
+        Args:
+            ticket: the admission; not in flight here.
+            prompt: what to generate for.
+            carried: what was generated under this ticket before, by whichever engine. Its tokens keep their versions,
+                so that the group stays as old as it was; they may be older than the engine's weights, and newer.
+
+        Raises:
+            RuntimeError: the engine's weights are older than the ticket.
+            ValueError: the ticket is in flight, or a carried response is not of this ticket.
+        """
         if self._engine.version < ticket.version:
             raise RuntimeError(
                 f"ticket {ticket.ticket_id} was admitted at version {ticket.version}, "
                 f"the engine still holds {self._engine.version}: pull the weights before starting tickets"
             )
-        self._running[ticket.ticket_id] = _RunningGroup(ticket, prompt)
+        if ticket.ticket_id in self._running:
+            raise ValueError(f"ticket {ticket.ticket_id} is in flight already")
+        oldest = min((version for response in carried for version in response.versions), default=ticket.version)
+        if oldest < ticket.version:
+            raise ValueError(
+                f"ticket {ticket.ticket_id} was admitted at version {ticket.version}, "
+                f"a carried token is of version {oldest}: older than the ticket allows"
+            )
         self._engine.submit(
-            GenerationRequest(ticket.ticket_id, prompt.token_ids, self._group_size, self._max_response_tokens)
+            GenerationRequest(
+                ticket.ticket_id, prompt.token_ids, self._group_size, self._max_response_tokens, tuple(carried)
+            )
         )
+        self._running[ticket.ticket_id] = _RunningGroup(ticket, prompt)
 
     def step(self) -> list[FinishedGroup]:
         """One decode step; returns the groups that it completed."""
@@ -88,6 +125,59 @@ class Collector:
                 del self._running[completion.request_id]
                 finished.append(self._finish(running))
         return finished
+
+    def interrupt(self, ticket_id: int) -> list[Response]:
+        """Takes a group out of the engine, to be started again with ``carried``, here or elsewhere.
+
+        Returns its G responses, finished ones and what there is of the others; nothing if it is not in flight here.
+        """
+        running = self._running.pop(ticket_id, None)
+        if running is None:
+            return []
+        aborted = [completion.response for completion in self._engine.abort(ticket_id)]
+        return _in_order([*running.responses.values(), *aborted])
+
+    def cancel(self, ticket_id: int) -> list[int]:
+        """Ends a group; returns the tokens of each of its G responses, or nothing if it is not in flight here."""
+        return [len(response.token_ids) for response in self.interrupt(ticket_id)]
+
+    def partial_groups(self) -> dict[int, list[Response]]:
+        """By ticket id: copies of the G responses of every group in flight, as :meth:`interrupt` would return them."""
+        return {
+            ticket_id: _in_order([*map(copy_of, running.responses.values()), *self._engine.partial(ticket_id)])
+            for ticket_id, running in self._running.items()
+        }
+
+    def state_dict(self) -> State:
+        """Between two decode steps: the groups in flight with their prompts and finished responses, and the engine."""
+        engine = self._engine.state_dict()
+        finished = pack_responses([r for running in self._running.values() for r in running.responses.values()])
+        groups = [
+            {
+                "ticket_id": running.ticket.ticket_id,
+                "version": running.ticket.version,
+                "prompt": prompt_to_json(running.prompt),
+                "finished": len(running.responses),
+            }
+            for running in self._running.values()
+        ]
+        return State(
+            {"groups": groups, "finished": finished.data, "engine": engine.data},
+            finished.nested("finished") | engine.nested("engine"),
+        )
+
+    def load_state_dict(self, state: State) -> None:
+        """Goes on where :meth:`state_dict` was called; the engine is idle and has the weights of that moment.
+
+        Raises:
+            ConfigError: a saved response is longer than the engine allows.
+        """
+        self._engine.load_state_dict(State(state.data["engine"], under(state.tensors, "engine")))
+        finished = iter(unpack_responses(State(state.data["finished"], under(state.tensors, "finished"))))
+        for group in state.data["groups"]:
+            ticket = Ticket(group["ticket_id"], group["version"])
+            responses = {r.sample_index: r for r in islice(finished, group["finished"])}
+            self._running[ticket.ticket_id] = _RunningGroup(ticket, prompt_from_json(group["prompt"]), responses)
 
     def seed(self, seed: int) -> None:
         """Starts the engine's sampling generator anew."""
@@ -102,3 +192,7 @@ class Collector:
         group = stack_group([make_trajectory(running.prompt, running.ticket, r) for r in responses])
         texts = self._tokenizer.batch_decode([r.token_ids for r in responses], skip_special_tokens=True)
         return FinishedGroup(running.ticket, running.prompt, group, texts)
+
+
+def _in_order(responses: Sequence[Response]) -> list[Response]:
+    return sorted(responses, key=lambda response: response.sample_index)

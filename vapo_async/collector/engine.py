@@ -20,8 +20,12 @@ class GenerationRequest:
     max_new_tokens: int
     """Limit of one response, its carried tokens included."""
     carried: tuple[Response, ...] = ()
-    """Of some of the samples: what another engine, or this one before an :meth:`Engine.abort`, generated. ``ABORTED``
-    ones are gone on with, their tokens keep their log-probs and versions; finished ones come back as they are."""
+    """Of some of the samples: what another engine, or this one before an :meth:`Engine.abort`, generated.
+
+    ``ABORTED`` ones are gone on with: their tokens keep their log-probs and versions, their keys are computed with the
+    present weights. One that was cut exactly at its end token or at the limit, and all finished ones, take no decode
+    step: they come back with the next :meth:`Engine.step`.
+    """
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class Engine(Protocol):
 
     @property
     def num_unfinished(self) -> int:
-        """Responses waiting or in flight."""
+        """Responses that have not come back: waiting, in flight, or carried and finished."""
         ...
 
     @property
@@ -60,7 +64,12 @@ class Engine(Protocol):
         ...
 
     def submit(self, request: GenerationRequest) -> None:
-        """Queues a request. Raises ``ValueError`` if prompt and limit together exceed the engine's length."""
+        """Queues a request.
+
+        Raises:
+            ValueError: prompt and limit together exceed the engine's length, the prompt is empty, or a carried
+                response has a sample index out of range or twice, lists of unequal length or too many tokens.
+        """
         ...
 
     def step(self) -> list[Completion]:
@@ -76,21 +85,29 @@ class Engine(Protocol):
         ...
 
     def abort(self, request_id: int) -> list[Completion]:
-        """Ends a request; its unfinished responses come back with what they have, finish reason ABORTED."""
+        """Ends a request and frees its slots; returns what :meth:`partial` does. Nothing for an unknown request."""
         ...
 
     def partial(self, request_id: int) -> list[Response]:
-        """Copies of a request's unfinished responses as they stand, finish reason ABORTED; generation goes on."""
+        """Copies of a request's responses that have not come back yet; generation goes on.
+
+        Unfinished ones have finish reason ABORTED, with no token yet where they wait; carried ones that came finished
+        have their own.
+        """
         ...
 
     def state_dict(self) -> State:
         """Between two decode steps: everything that the next tokens depend on but the weights and their version.
 
-        A new engine that was given the same weights and this state goes on bit for bit, where the engine is
-        deterministic.
+        A new engine with the same weights, version, settings and kind of device goes on from this state bit for bit.
+        The tensors are copies.
         """
         ...
 
     def load_state_dict(self, state: State) -> None:
-        """Into an engine that has not been given a request, after :meth:`load_weights`."""
+        """Into an idle engine, after :meth:`load_weights`.
+
+        Raises:
+            ConfigError: a saved response is longer than the engine allows.
+        """
         ...

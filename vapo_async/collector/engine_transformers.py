@@ -5,31 +5,24 @@ Transformers' own continuous batching and ``generate``.
 """
 
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from vapo_async.collector.engine import Completion, GenerationRequest
-from vapo_async.collector.slot_cache import SlotCache
+from vapo_async.collector.engine_state import pack_samples, unpack_samples
+from vapo_async.collector.prefill import prefill
+from vapo_async.collector.slots import Sample, Slots, samples_of
 from vapo_async.config import ConfigError, KVCacheOnUpdate
+from vapo_async.responses import copy_of
 from vapo_async.schema import FinishReason, Response
-
-_PREFILL_TOKENS = 16_384  # padded tokens of one prefill pass
-
-
-@dataclass
-class _Sequence:
-    """A response that waits or is in flight."""
-
-    request: GenerationRequest
-    sample_index: int
+from vapo_async.state import State, under
 
 
 class TransformersEngine:
-    """Slots 0 … n−1 are always the responses in flight; a finished one is replaced or filled by the last.
+    """Decodes one token for every slot in flight a step; waiting responses fill freed slots in their order.
 
     Args:
         model: a causal LM with full attention; its weights are changed by :meth:`load_weights`.
@@ -66,17 +59,10 @@ class TransformersEngine:
         self._kv_cache_on_update = kv_cache_on_update
         self._max_length = max_length
         self._version = 0
-        self._waiting: deque[_Sequence] = deque()
-        self._running: list[_Sequence] = []  # index = slot
-        device = model.device
-        self._cache = SlotCache(model.config.num_hidden_layers, max_slots, max_length)
-        self._max_slots = max_slots
-        self._tokens = torch.zeros(max_slots, max_length, dtype=torch.int64, device=device)
-        self._log_probs = torch.zeros(max_slots, max_length, dtype=torch.float32, device=device)
-        self._versions = torch.zeros(max_slots, max_length, dtype=torch.int32, device=device)
-        self._lengths = torch.zeros(max_slots, dtype=torch.int64, device=device)  # tokens so far
-        self._limits = torch.zeros(max_slots, dtype=torch.int64, device=device)  # prompt + max_new_tokens
-        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._waiting: deque[Sample] = deque()
+        self._finished: list[Sample] = []  # came finished, go out with the next step
+        self._slots = Slots(model.config.num_hidden_layers, max_slots, max_length, model.device)
+        self._generator = torch.Generator(device=model.device).manual_seed(seed)
         self._generated_tokens = 0
 
     @property
@@ -85,49 +71,42 @@ class TransformersEngine:
 
     @property
     def num_unfinished(self) -> int:
-        return len(self._waiting) + len(self._running)
+        return len(self._waiting) + len(self._slots) + len(self._finished)
 
     @property
     def capacity(self) -> int:
-        return self._max_slots
+        return self._slots.rows
 
     @property
     def generated_tokens(self) -> int:
         return self._generated_tokens
 
     def submit(self, request: GenerationRequest) -> None:
-        needed = len(request.prompt_token_ids) + request.max_new_tokens
-        if needed > self._max_length:
-            raise ValueError(
-                f"request {request.request_id} needs {needed} tokens (prompt {len(request.prompt_token_ids)} + "
-                f"max_new_tokens {request.max_new_tokens}), the engine holds {self._max_length}"
-            )
-        if not request.prompt_token_ids:
-            raise ValueError(f"request {request.request_id} has an empty prompt")
-        self._waiting.extend(_Sequence(request, i) for i in range(request.num_samples))
+        for sample in samples_of(request, max_length=self._max_length, eos_token_id=self._eos):
+            unfinished = sample.response.finish_reason is FinishReason.ABORTED
+            (self._waiting if unfinished else self._finished).append(sample)
 
     @torch.inference_mode()
     def step(self) -> list[Completion]:
+        came_finished, self._finished = [_completion(s) for s in self._finished], []
         self._fill_free_slots()
-        n = len(self._running)
+        slots, n = self._slots, len(self._slots)
         if n == 0:
-            return []
-        positions = self._lengths[:n] - 1  # of the newest token, whose keys are not stored yet
+            return came_finished
+        positions = slots.lengths[:n] - 1  # of the newest token, whose keys are not stored yet
         logits = self._decode(positions)
         sampled, log_probs = self._sample(logits.float())
-        rows, at = torch.arange(n, device=sampled.device), self._lengths[:n]
-        self._tokens[rows, at] = sampled
-        self._log_probs[rows, at] = log_probs
-        self._versions[rows, at] = self._version
-        self._lengths[:n] += 1
+        at_limit = slots.append(sampled, log_probs, self._version)
         self._generated_tokens += n
         stopped = sampled == self._eos
-        ended = (stopped | (self._lengths[:n] >= self._limits[:n])).nonzero()[:, 0].tolist()
+        ended = (stopped | at_limit).nonzero()[:, 0].tolist()
+        reasons = [FinishReason.STOP if stopped[slot] else FinishReason.LENGTH for slot in ended]
         completions = [
-            self._completion(row, FinishReason.STOP if stopped[row] else FinishReason.LENGTH) for row in ended
+            Completion(slots.in_flight[slot].request.request_id, slots.response(slot, reason))
+            for slot, reason in zip(ended, reasons, strict=True)
         ]
-        self._release(ended)
-        return completions
+        slots.release(ended)
+        return came_finished + completions
 
     def seed(self, seed: int) -> None:
         self._generator.manual_seed(seed)
@@ -149,33 +128,67 @@ class TransformersEngine:
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
         self._version = version
-        if self._kv_cache_on_update is KVCacheOnUpdate.recompute and self._running:
-            n = len(self._running)
-            order = self._lengths[:n].argsort(descending=True).tolist()
-            self._prefill([([row], self._tokens[row, : int(self._lengths[row])]) for row in order])
+        if self._kv_cache_on_update is KVCacheOnUpdate.recompute:
+            self._compute_keys(list(range(len(self._slots))))
 
     @torch.inference_mode()
     def abort(self, request_id: int) -> list[Completion]:
-        waiting = [s for s in self._waiting if s.request.request_id == request_id]
+        completions = [Completion(request_id, response) for response in self.partial(request_id)]
         self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
-        rows = [row for row, s in enumerate(self._running) if s.request.request_id == request_id]
-        completions = [self._completion(row, FinishReason.ABORTED) for row in rows]
-        self._release(rows)
-        empty = [Response(s.sample_index, [], [], [], FinishReason.ABORTED) for s in waiting]
-        return completions + [Completion(request_id, response) for response in empty]
+        self._finished = [s for s in self._finished if s.request.request_id != request_id]
+        self._slots.release(self._slots_of(request_id))
+        return completions
+
+    def partial(self, request_id: int) -> list[Response]:
+        in_flight = [self._slots.response(slot, FinishReason.ABORTED) for slot in self._slots_of(request_id)]
+        elsewhere = [s for s in (*self._waiting, *self._finished) if s.request.request_id == request_id]
+        return in_flight + [copy_of(s.response) for s in elsewhere]
+
+    def state_dict(self) -> State:
+        in_flight = [self._slots.sample(slot) for slot in range(len(self._slots))]
+        state = pack_samples({"in_flight": in_flight, "waiting": self._waiting, "finished": self._finished})
+        state.data |= {"generated_tokens": self._generated_tokens, "device": self._generator.device.type}
+        state.tensors["generator"] = self._generator.get_state()
+        # Keys computed anew would differ from these in the last bits, and the tokens that follow soon in more.
+        cache = State(tensors=self._slots.cache.state_dict([s.length - 1 for s in in_flight]))
+        state.tensors |= cache.nested("cache")
+        return state
+
+    @torch.inference_mode()
+    def load_state_dict(self, state: State) -> None:
+        if self.num_unfinished:
+            raise RuntimeError(f"the engine has {self.num_unfinished} responses already, a state needs an idle one")
+        samples = unpack_samples(state)
+        in_flight, waiting = samples["in_flight"], samples["waiting"]
+        longest = max((s.limit for s in in_flight + waiting), default=0)
+        if longest > self._max_length:
+            raise ConfigError(
+                f"a saved response may take {longest} tokens with its prompt, the engine holds {self._max_length}; "
+                "resume with task.max_prompt_tokens and task.max_response_tokens as they were"
+            )
+        rows, model = self._slots.rows, self._model
+        for sample in in_flight[:rows]:
+            self._slots.fill(sample)
+        cached = [s.length - 1 for s in in_flight]
+        self._slots.cache.load_state_dict(under(state.tensors, "cache"), cached, model.device, model.dtype)
+        self._waiting.extend(in_flight[rows:] + waiting)
+        self._finished = samples["finished"]
+        self._generated_tokens = state.data["generated_tokens"]
+        if state.data["device"] == self._generator.device.type:  # each kind of device draws numbers of its own
+            self._generator.set_state(state.tensors["generator"])
 
     def _decode(self, positions: Tensor) -> Tensor:
         """Logits [n, V] after the newest token of every slot in flight."""
-        n = len(positions)
+        slots, n = self._slots, len(positions)
         read_length = int(positions.max()) + 1
-        self._cache.decode_at(positions, read_length)
+        slots.cache.decode_at(positions, read_length)
         mask = torch.arange(read_length, device=positions.device)[None, :] <= positions[:, None]
         rows = torch.arange(n, device=positions.device)
         return self._model(
-            input_ids=self._tokens[rows, positions][:, None],
+            input_ids=slots.tokens[rows, positions][:, None],
             position_ids=positions[:, None],
             attention_mask=mask[:, None, None, :],
-            past_key_values=self._cache,
+            past_key_values=slots.cache,
             use_cache=True,
         ).logits[:, -1]
 
@@ -189,71 +202,32 @@ class TransformersEngine:
         return sampled[:, 0], log_probs.gather(1, sampled)[:, 0]
 
     def _fill_free_slots(self) -> None:
-        """Moves waiting responses into free slots; the samples of one prompt share one prefill."""
+        """Moves waiting responses into free slots; the new samples of one prompt share one prefill."""
         fills: list[tuple[list[int], Tensor]] = []
+        continued: list[int] = []
         last_request: GenerationRequest | None = None
-        while self._waiting and len(self._running) < self._max_slots:
-            sequence, slot = self._waiting.popleft(), len(self._running)
-            request = sequence.request
-            self._running.append(sequence)
-            prompt = torch.tensor(request.prompt_token_ids, dtype=torch.int64, device=self._tokens.device)
-            self._tokens[slot, : len(prompt)] = prompt
-            self._lengths[slot] = len(prompt)
-            self._limits[slot] = len(prompt) + request.max_new_tokens
-            if request is last_request:
+        while self._waiting and len(self._slots) < self._slots.rows:
+            sample = self._waiting.popleft()
+            slot = self._slots.fill(sample)
+            if sample.response.token_ids:
+                continued.append(slot)
+                continue
+            if sample.request is last_request:
                 fills[-1][0].append(slot)
             else:
-                fills.append(([slot], prompt))
-            last_request = request
-        self._prefill(fills)
+                fills.append(([slot], self._slots.tokens_of(slot)))
+            last_request = sample.request
+        prefill(self._decoder, self._slots.cache, fills)
+        self._compute_keys(continued)
 
-    def _prefill(self, fills: Sequence[tuple[list[int], Tensor]]) -> None:
-        """Stores keys and values of all tokens but the last (the next decode step feeds that one)."""
-        pending = [(rows, tokens[:-1]) for rows, tokens in fills if len(tokens) > 1]
-        while pending:
-            width = max(len(tokens) for _, tokens in pending)
-            many = max(1, _PREFILL_TOKENS // width)
-            repeats = len(pending[0][0])
-            chunk = [f for f in pending[:many] if len(f[0]) == repeats]
-            pending = [f for f in pending if not any(f is c for c in chunk)]
-            inputs = torch.zeros(
-                len(chunk), max(len(t) for _, t in chunk), dtype=torch.int64, device=self._tokens.device
-            )
-            for i, (_, tokens) in enumerate(chunk):
-                inputs[i, : len(tokens)] = tokens  # right padding: causal attention never looks at it
-            targets = torch.tensor([row for rows, _ in chunk for row in rows], device=inputs.device)
-            self._cache.prefill_into(targets)
-            positions = torch.arange(inputs.shape[1], device=inputs.device)[None, :]
-            causal = torch.ones(inputs.shape[1], inputs.shape[1], dtype=torch.bool, device=inputs.device).tril()
-            self._decoder(
-                input_ids=inputs,
-                position_ids=positions,
-                attention_mask=causal[None, None],
-                past_key_values=self._cache,
-                use_cache=True,
-            )
+    def _compute_keys(self, slots: list[int]) -> None:
+        """Of all tokens that the slots hold but the newest."""
+        fills = [([slot], self._slots.tokens_of(slot)) for slot in slots]
+        prefill(self._decoder, self._slots.cache, sorted(fills, key=lambda fill: len(fill[1]), reverse=True))
 
-    def _completion(self, row: int, reason: FinishReason) -> Completion:
-        sequence = self._running[row]
-        span = slice(len(sequence.request.prompt_token_ids), int(self._lengths[row]))
-        response = Response(
-            sequence.sample_index,
-            self._tokens[row, span].tolist(),
-            self._log_probs[row, span].tolist(),
-            self._versions[row, span].tolist(),
-            reason,
-        )
-        return Completion(sequence.request.request_id, response)
+    def _slots_of(self, request_id: int) -> list[int]:
+        return [i for i, sample in enumerate(self._slots.in_flight) if sample.request.request_id == request_id]
 
-    def _release(self, rows: Sequence[int]) -> None:
-        """Frees slots: the last slot in flight moves into each hole."""
-        for row in sorted(rows, reverse=True):
-            last = len(self._running) - 1
-            if row != last:
-                length = int(self._lengths[last])
-                self._cache.move(last, row, length)
-                for buffer in (self._tokens, self._log_probs, self._versions):
-                    buffer[row, :length] = buffer[last, :length]
-                self._lengths[row], self._limits[row] = self._lengths[last], self._limits[last]
-                self._running[row] = self._running[last]
-            self._running.pop()
+
+def _completion(sample: Sample) -> Completion:
+    return Completion(sample.request.request_id, sample.response)

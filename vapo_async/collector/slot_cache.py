@@ -1,5 +1,6 @@
 """A Transformers KV cache with one row per response in flight: rows are written, moved and refilled independently."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -73,3 +74,32 @@ class SlotCache(Cache):
     def move(self, source: int, target: int, length: int) -> None:
         for layer in self.slots:
             layer.move(source, target, length)
+
+    def state_dict(self, lengths: Sequence[int]) -> dict[str, Tensor]:
+        """The first ``lengths[i]`` positions of row i: ``keys.<layer>`` and ``values.<layer>``, on the CPU.
+
+        Each is [sum(lengths), kv_heads, head_dim]. A position costs 2 · layers · kv_heads · head_dim numbers of the
+        model's dtype. Nothing is kept for no row.
+        """
+        if not lengths:
+            return {}
+        tensors = {}
+        for i, layer in enumerate(self.slots):
+            for name, stored in (("keys", layer.keys), ("values", layer.values)):
+                assert stored is not None, "a response in flight has keys"
+                rows = [stored[row, :, :length].transpose(0, 1).cpu() for row, length in enumerate(lengths)]
+                tensors[f"{name}.{i}"] = torch.cat(rows)
+        return tensors
+
+    def load_state_dict(
+        self, tensors: Mapping[str, Tensor], lengths: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        """What :meth:`state_dict` gave, into rows 0 …; rows past the cache's own are left out."""
+        for i, layer in enumerate(self.slots if lengths else ()):
+            keys, values = (tensors[f"{name}.{i}"].to(device, dtype) for name in ("keys", "values"))
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None].transpose(1, 2), values[None].transpose(1, 2))
+            for stored, loaded in ((layer.keys, keys), (layer.values, values)):
+                assert stored is not None
+                for row, part in enumerate(loaded.split(list(lengths))[: len(stored)]):
+                    stored[row, :, : len(part)] = part.transpose(0, 1)

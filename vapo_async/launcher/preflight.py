@@ -2,14 +2,16 @@
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 from vapo_async.checkpoint import find_resume
-from vapo_async.config import Config, ConfigError, RayLauncherConfig
+from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
 from vapo_async.config_load import load_config
 from vapo_async.config_saved import resumed_config
+from vapo_async.launcher.schedule import Turn, replayed
 
 LOOPBACK = "127.0.0.1"
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and an empty SETTINGS frame
@@ -17,16 +19,18 @@ _WHERE = ("resume", "runs_dir", "name", "experiment")
 START_RAY = "start one there with `ray start --head`, or unset it to get a local Ray"
 
 
-def configure(overrides: Sequence[str]) -> tuple[Config, list[str]]:
+def configure(overrides: Sequence[str], note: Callable[[str], None] = lambda _: None) -> tuple[Config, list[str]]:
     """The run's configuration, and what ``overrides`` change in that of a run that goes on (none for a new one).
 
-    A resumed run keeps its own settings; ``experiment=`` only helps to find it.
+    A resumed run keeps its own settings; ``experiment=`` only helps to find it. ``resume=auto`` becomes the run that
+    was found, or ``never``; ``note`` is told of runs that were passed over.
     """
     where = load_config([o for o in overrides if o.partition("=")[0] in _WHERE])
-    resumed = find_resume(where.resume, Path(where.runs_dir), where.name)
+    resumed = find_resume(where.resume, Path(where.runs_dir), where.name, note)
     if resumed is None:
-        return load_config(overrides), []
-    return resumed_config(resumed, [o for o in overrides if not o.startswith("experiment=")])
+        return replace(load_config(overrides), resume="never"), []
+    config, changes = resumed_config(resumed, [o for o in overrides if not o.startswith("experiment=")])
+    return replace(config, resume=str(resumed)), changes
 
 
 def preflight(config: Config) -> None:
@@ -46,6 +50,15 @@ def preflight(config: Config) -> None:
         raise ConfigError(f"resume={config.resume}: no permission to write in {resumed}; copy the run and resume that")
     if isinstance(config.launcher, RayLauncherConfig):
         check_ray(config.launcher)
+    replayed_turns(config)
+
+
+def replayed_turns(config: Config) -> list[Turn] | None:
+    """The schedule that ``launcher.replay`` names, a turn for each version of the run; None without one."""
+    launcher = config.launcher
+    if not isinstance(launcher, InlineLauncherConfig) or launcher.replay is None:
+        return None
+    return replayed(Path(launcher.replay), config.algorithm.value_pretraining_steps + config.steps)
 
 
 def check_writable(runs_dir: Path) -> None:

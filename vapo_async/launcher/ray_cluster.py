@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 
 from vapo_async.config import ConfigError, RayLauncherConfig
 from vapo_async.launcher.preflight import LOOPBACK, START_RAY, check_ray, ray_address, ray_address_source
@@ -43,6 +44,8 @@ def start_ray(config: RayLauncherConfig, cpus: int) -> bool:
         ConfigError: nobody answers at the address, or the port is taken.
     """
     check_ray(config)
+    # A death is told in one line by whoever notices it; Ray's own paragraph would tear the live line apart.
+    ray_worker.print_to_stdstream = _silent
     address = ray_address(config)
     if address is not None:
         _join(address, ray_address_source(config))
@@ -64,6 +67,10 @@ def start_ray(config: RayLauncherConfig, cpus: int) -> bool:
         log_to_driver=False,
     )
     return True
+
+
+def _silent(data: object, ignore_prefix: bool) -> None:
+    """In the place of what prints the messages of Ray's own processes."""
 
 
 def _join(address: str, where: str) -> None:

@@ -1,79 +1,102 @@
-"""Every stage in a Ray actor of its own: generation goes on while the learner learns."""
+"""Every stage in a Ray actor of its own: generation goes on while the learner learns.
+
+The driver waits on one inbox, whoever it waits for; what happens meanwhile (a dead worker, an evaluation that ended) is
+handled there. No wait is without a limit of ``launcher``'s.
+"""
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
-from vapo_async.build import BaseModel, engine_seed
-from vapo_async.config import Config, ConfigError, RayLauncherConfig, RunError
+from vapo_async.build import BaseModel
+from vapo_async.config import Config, RayLauncherConfig
 from vapo_async.interrupts import Stop
-from vapo_async.launcher.ray_actors import EvaluatorActor, FlowActor, LearnerActor, RolloutActor, VerifierActor
+from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, LearnerActor, VerifierActor
+from vapo_async.launcher.ray_calls import answer
 from vapo_async.launcher.ray_cluster import Resources, check_resources, start_ray
+from vapo_async.launcher.ray_flow import FlowActor, Progress
+from vapo_async.launcher.ray_inbox import Call, Inbox
+from vapo_async.launcher.ray_rollout import RolloutActor
+from vapo_async.launcher.ray_services import Counters, Services
+from vapo_async.launcher.ray_supervisor import RolloutWorkers
 from vapo_async.learner.learner import UpdateResult
-from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, TakenBatch
+from vapo_async.stages import EvaluationResult, FlowStats, StageTimeoutError, TakenBatch
 
-_ASK_STOP_S = 0.5
-"""How often a wait looks whether it is to stop."""
+_CALLS = 6  # of a rollout worker at one time: run, weights, a ping, questions
 
 
 class RayStages:
-    """See :class:`vapo_async.stages.Stages`. Every wait ends by a limit of ``launcher``'s."""
+    """See :class:`vapo_async.stages.Stages`.
 
-    def __init__(self, config: Config, launcher: RayLauncherConfig, base: BaseModel) -> None:
-        self._config, self._launcher = config, launcher
-        self._actors: dict[str, Any] = {}
+    Args:
+        config: of the run.
+        launcher: its limits.
+        base: folders of the base model.
+        note: told what is worth a line, a process that was replaced for example.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        launcher: RayLauncherConfig,
+        base: BaseModel,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._config, self._launcher, self._base = config, launcher, base
+        self._inbox = Inbox()
+        self._actors: list[Any] = []
+        self._failure: BaseException | None = None
+        self._take: Call | None = None
+        self._evaluations: list[tuple[Call, float]] = []  # with the time by which they have to end
+        self._version = 0
+        self._verdicts = Counters()
         learner = Resources.of(config.learner.threads, config.learner.device, launcher)
-        rollout = Resources.of(launcher.threads_per_worker, config.engine.device, launcher)
         evaluator = Resources.of(0, config.engine.device, launcher)
-        needed = [learner, evaluator, *[rollout] * launcher.rollout_workers]
+        self._rollout = Resources.of(launcher.threads_per_worker, config.engine.device, launcher)
+        needed = [learner, evaluator, *[self._rollout] * launcher.rollout_workers]
         self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in needed))
         self._logs = _local_logs() if self._local else None
         try:
             check_resources(needed)
-            self._flow = self._start("flow", FlowActor, Resources(), config, base)
-            self._verifier = self._start("verifier", VerifierActor, Resources(), config, max_concurrency=4)
-            self._learner = self._start("learner", LearnerActor, learner, config, base)
-            self._evaluator = self._start("evaluator", EvaluatorActor, evaluator, config, base, self._verifier)
-            threads = launcher.threads_per_worker
-            parts = (self._flow, self._verifier)
-            self._workers = [
-                self._start(
-                    f"rollout worker {i}", RolloutActor, rollout, config, base, i, threads, *parts, max_concurrency=4
-                )
-                for i in range(launcher.rollout_workers)
-            ]
             deadline = time.monotonic() + launcher.start_timeout_s
-            for name, actor in self._actors.items():
-                self._get(actor.ping.remote(), f"the {name} to start", max(0.0, deadline - time.monotonic()))
+            watched, again = (
+                {"concurrency_groups": GROUPS},
+                {"max_restarts": launcher.max_restarts, "max_task_retries": -1},
+            )
+            self._flow = self._start(FlowActor, Resources(), config, base)
+            self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **watched, **again)
+            self._learner = self._start(LearnerActor, learner, config, base, **watched)
+            self._evaluator = self._start(EvaluatorActor, evaluator, config, base, **watched, **again)
+            told = (self._fail, note)
+            self._workers = RolloutWorkers(config, launcher, self._inbox, self._flow, self._spawn, *told)
+            self._services = Services(self._inbox, launcher.max_restarts, *told)
+            self._wait_for_start(deadline)
         except BaseException:
             self.shutdown()
             raise
-        self._runs: dict[Any, str] = {}  # the generation loops, started with the first take
-        self._take: Any = None
-        self._evaluations: list[tuple[Any, float]] = []  # with the time by which they have to end
-        self._version = 0
+        self._inbox.timers = self._workers
 
     def take(self, stop: Stop) -> TakenBatch | None:
-        if not self._runs:
-            self._runs = {w.run.remote(): f"rollout worker {i}" for i, w in enumerate(self._workers)}
+        stop.on_request(self._inbox.wake)
+        self._workers.begin()
         if self._take is None:
-            self._take = self._flow.take.remote()
-        limit = self._launcher.stage_timeout_s
-        deadline = time.monotonic() + limit
-        while not self._take_ended():
-            if stop():
-                return self.stop_taking()
-            if time.monotonic() > deadline:
-                why = self._get(self._flow.why_waiting.remote(), "the flow", 10)
-                raise StageTimeoutError(
-                    f"the learner waited {limit:.0f} s for a batch: {why}; "
-                    "raise launcher.stage_timeout_s if the work is that slow"
-                )
-        return self._taken()
+            self._take = self._inbox.call(self._flow.take.remote())
+        take, limit = self._take, self._launcher.stage_timeout_s
+        if not self._wait(lambda: take.done or self._failure is not None or stop(), limit):
+            why = self._get(self._flow.why_waiting.remote(), "the flow", 10)
+            raise StageTimeoutError(
+                f"the learner waited {limit:.0f} s for a batch: {why}; "
+                "raise launcher.stage_timeout_s if the work is that slow"
+            )
+        if take.done:
+            return self._taken()
+        if self._failure is not None:
+            raise self._failure
+        return self.stop_taking()
 
     def learn(self, batch: TakenBatch) -> UpdateResult:
         result: UpdateResult = self._get(self._learner.update.remote(batch.handle, batch.version), "the learner")
@@ -81,126 +104,178 @@ class RayStages:
 
     def publish(self, policy_changed: bool) -> int:
         version = self._version + 1
-        tensors = self._learner.weights.remote() if policy_changed else None
-        for i, reference in enumerate([worker.publish.remote(version, tensors) for worker in self._workers]):
-            self._get(reference, f"rollout worker {i} to take the weights of version {version}")
+        self._hand(version, policy_changed)
+        limit = self._launcher.stage_timeout_s
+        if not self._wait(lambda: not self._workers.without(version) or self._failure is not None, limit):
+            who = ", ".join(self._workers.without(version))
+            raise StageTimeoutError(
+                f"the learner waited {limit:.0f} s for {who} to take the weights of version {version}"
+            )
         self._version = self._get(self._flow.publish.remote(), "the flow")
         return self._version
 
     def start_evaluation(self, step: int) -> None:
-        tensors = self._learner.weights.remote() if step else None
+        tensors = self._learner.weights.remote()[1] if step else None
         deadline = time.monotonic() + self._launcher.evaluation_timeout_s
-        self._evaluations.append((self._evaluator.evaluate.remote(step, tensors), deadline))
+        self._evaluations.append(
+            (self._inbox.call(self._evaluator.evaluate.remote(step, tensors, self._verifier)), deadline)
+        )
 
     @property
     def evaluations_running(self) -> int:
         return len(self._evaluations)
 
     def finished_evaluations(self, stop: Stop) -> list[EvaluationResult]:
+        stop.on_request(self._inbox.wake)
         finished: list[EvaluationResult] = []
         while self._evaluations:
-            reference, deadline = self._evaluations[0]
-            if ray.wait([reference], timeout=0 if stop() else _ASK_STOP_S)[0]:
+            call, deadline = self._evaluations[0]
+            in_time = self._inbox.wait(lambda: call.done or stop(), deadline)  # noqa: B023 (called here only)
+            if call.future is not None:
                 self._evaluations.pop(0)
-                finished.append(self._get(reference, "the evaluator"))
-            elif time.monotonic() > deadline:
+                finished.append(answer(call.future, "the evaluator"))
+            elif in_time:
+                break
+            else:
                 self._evaluations.pop(0)
                 limit = self._launcher.evaluation_timeout_s
                 raise StageTimeoutError(
                     f"an evaluation took longer than launcher.evaluation_timeout_s={limit:.0f}: "
                     "raise it, or lower evaluation.problems or evaluation.samples"
                 )
-            elif stop():
-                break
         return finished
 
     def stop_taking(self) -> TakenBatch | None:
+        self._workers.close()
         self._get(self._flow.close.remote(), "the flow")
         if self._take is None:
             return None
         return self._taken()  # a closed flow answers at once
 
     def stats(self) -> FlowStats:
-        per_worker = [self._get(w.stats.remote(), f"rollout worker {i}") for i, w in enumerate(self._workers)]
+        limit = self._launcher.stage_timeout_s
+        verdicts = self._inbox.call(self._verifier.counters.remote())
+        progress = self._workers.progress(time.monotonic() + limit)
+        flow, committed = self._get(self._flow.counters.remote(), "the flow")
+        self._wait(lambda: verdicts.done or self._services.away("verifier") or self._failure is not None, limit)
+        if verdicts.future is not None and verdicts.future.exception() is None:  # else those known stand
+            self._verdicts.seen(verdicts.future.result())
+        parts = [_newest(progress.get(owner), committed.get(owner)) for owner in progress.keys() | committed.keys()]
         return FlowStats(
-            generated_tokens=sum(tokens for tokens, _ in per_worker),
-            generation_wait_s=sum(wait_s for _, wait_s in per_worker),
-            workers=len(per_worker),
-            flow=self._get(self._flow.counters.remote(), "the flow"),
-            verifier=self._get(self._verifier.counters.remote(), "the verifier"),
+            generated_tokens=sum(part.generated_tokens for part in parts),
+            generation_wait_s=sum(part.generation_wait_s for part in parts),
+            workers=self._launcher.rollout_workers,
+            flow=flow,
+            verifier=self._verdicts.total(),
+            verdict_wait_s=sum(part.verdict_wait_s for part in parts),
+            restarts=self._workers.restarts | self._services.restarts,
         )
 
     def save(self, folder: Path) -> None:
         folder = folder.absolute()
-        saves = {"the learner": self._learner.save.remote(folder), "the flow": self._flow.save.remote(folder)}
-        for whom, reference in saves.items():
-            self._get(reference, f"{whom} to save its checkpoint")
+        save_learner = self._inbox.call(self._learner.save.remote(folder))
+        # First the workers, then the flow: a ticket that is committed in between is whole in the flow's state.
+        carried = self._workers.partial_groups(time.monotonic() + self._launcher.engine_timeout_s)
+        self._get(self._flow.save.remote(folder, carried), "the flow to save its checkpoint")
+        self._result(save_learner, "the learner to save its checkpoint")
 
     def load(self, folder: Path) -> None:
         folder = folder.absolute()
         self._get(self._learner.load.remote(folder), "the learner to load its checkpoint")
         self._version = self._get(self._flow.load.remote(folder), "the flow to load its checkpoint")
-        tensors = self._learner.weights.remote()
-        for i, worker in enumerate(self._workers):
-            seed = engine_seed(self._config, i, self._version)
-            self._get(worker.resume.remote(self._version, tensors, seed), f"rollout worker {i} to take the weights")
+        self._hand(self._version, weights_changed=True)
 
     def shutdown(self, logs: Path | None = None) -> None:
         if not ray.is_initialized():
             return
         if not self._local:
-            for actor in self._actors.values():
+            for actor in self._actors:
                 ray.kill(actor)
         ray.shutdown()
         if logs is not None and self._logs is not None:
             _keep_logs(self._logs, logs)
 
-    def _start(
-        self, name: str, stage: type[Any], resources: Resources, *parts: Any, max_concurrency: int | None = None
-    ) -> Any:
+    def _start(self, stage: type[Any], resources: Resources, *parts: Any, **options: Any) -> Any:
         """Starts the actor of one stage; Ray counts ``resources`` against what the cluster has."""
-        options: dict[str, Any] = {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
-        if max_concurrency is not None:
-            options["max_concurrency"] = max_concurrency
-        self._actors[name] = ray.remote(**options)(stage).remote(*parts)
-        return self._actors[name]
+        options |= {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+        self._actors.append(ray.remote(**options)(stage).remote(*parts))
+        return self._actors[-1]
 
-    def _take_ended(self) -> bool:
-        """Waits a moment for the pending take, or for a generation loop that ends before it should."""
-        done, _ = ray.wait([self._take, *self._runs], timeout=_ASK_STOP_S)
-        if self._take in done:
-            return True
-        for reference in done:
-            self._get(reference, self._runs[reference])
-            del self._runs[reference]  # it ended because the flow is closed
-        return False
+    def _spawn(self, index: int, owner: str) -> Any:
+        """The process of a rollout worker."""
+        launcher = self._launcher
+        parts = (launcher.threads_per_worker, launcher.engine_timeout_s, self._flow, self._verifier)
+        return self._start(
+            RolloutActor, self._rollout, self._config, self._base, index, owner, *parts, max_concurrency=_CALLS
+        )
+
+    def _wait_for_start(self, deadline: float) -> None:
+        services = {
+            "flow": (self._flow, False),
+            "verifier": (self._verifier, True),
+            "learner": (self._learner, False),
+            "evaluator": (self._evaluator, True),
+        }
+        calls = {name: self._inbox.call(actor.ping.remote()) for name, (actor, _) in services.items()}
+
+        def missing() -> list[str]:
+            return [name for name, call in calls.items() if not call.done] + self._workers.starting()
+
+        def failed() -> bool:
+            pings = (call.future for call in calls.values())
+            return self._failure is not None or any(ping is not None and ping.exception() for ping in pings)
+
+        in_time = self._inbox.wait(lambda: not missing() or failed(), deadline)
+        for name, call in calls.items():
+            if call.future is not None:
+                answer(call.future, f"the {name}")
+        if self._failure is not None:
+            raise self._failure
+        if not in_time:
+            limit, who = self._launcher.start_timeout_s, ", ".join(missing())
+            raise StageTimeoutError(
+                f"the run waited {limit:g} s for these to start and gave up: {who}; "
+                "raise launcher.start_timeout_s, or give the Ray cluster more"
+            )
+        for name, (actor, restartable) in services.items():
+            self._services.watch(name, actor, restartable)
+
+    def _hand(self, version: int, weights_changed: bool) -> None:
+        """Gives the rollout workers a version; the learner confirms that its weights are there."""
+        weights = None
+        if weights_changed:
+            copied, weights = self._learner.weights.remote()
+            self._get(copied, "the learner to hand over its weights")
+        self._workers.hand(version, weights)
+
+    def _fail(self, error: BaseException) -> None:
+        """The run ends with the first failure, once a wait for a batch sees it: what is being learned is finished."""
+        self._failure = self._failure or error
 
     def _taken(self) -> TakenBatch | None:
-        taken, self._take = self._get(self._take, "the flow"), None
+        assert self._take is not None
+        taken = self._result(self._take, "the flow")
+        self._take = None
         return None if taken is None else TakenBatch(*taken)
 
+    def _wait(self, done: Callable[[], bool], limit_s: float) -> bool:
+        return self._inbox.wait(done, time.monotonic() + limit_s)
+
     def _get(self, reference: Any, whom: str, timeout_s: float | None = None) -> Any:
-        """``ray.get`` with the limit and with errors that name whom was waited for."""
+        """The answer, or an error that names whom was waited for; see :func:`.ray_calls.answer`."""
+        return self._result(self._inbox.call(reference), whom, timeout_s)
+
+    def _result(self, call: Call, whom: str, timeout_s: float | None = None) -> Any:
         limit = self._launcher.stage_timeout_s if timeout_s is None else timeout_s
-        try:
-            return ray.get(reference, timeout=limit)
-        except GetTimeoutError as error:
-            raise StageTimeoutError(f"the run waited {limit:.0f} s for {whom} and gave up") from error
-        except RayTaskError as error:
-            if isinstance(error.cause, ConfigError | RunError):  # as it was raised: one line, without Ray's trace
-                raise error.cause from error
-            if isinstance(error.cause, RayActorError):  # a stage that this one talks to
-                raise _died(f"{whom}, which waited for a stage", error.cause) from error
-            raise error.as_instanceof_cause() from error
-        except RayActorError as error:
-            raise _died(whom, error) from error
+        self._wait(lambda: call.done, limit)
+        if call.future is None:
+            raise StageTimeoutError(f"the run waited {limit:.0f} s for {whom} and gave up")
+        return answer(call.future, whom)
 
 
-def _died(whom: str, error: RayActorError) -> StageDiedError:
-    lines = str(error).strip().splitlines()
-    if error.actor_init_failed:
-        return StageDiedError(f"{whom} failed: {lines[-1]}")
-    return StageDiedError(f"the run waited for {whom}, whose process died ({lines[0]}); see logs/ in the run folder")
+def _newest(*known: Progress | None) -> Progress:
+    """Counters never fall."""
+    return max((progress for progress in known if progress is not None), key=lambda p: p.generated_tokens)
 
 
 def _local_logs() -> Path:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vapo_async.build import BaseModel, build_heldout
-from vapo_async.checkpoint import find_resume
+from vapo_async.checkpoint import find_resume, newest_whole
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
 from vapo_async.config_load import save_config
 from vapo_async.config_saved import CONFIG_FILE
 from vapo_async.launcher.inline import InlineStages
 from vapo_async.launcher.preflight import preflight, unwritable
+from vapo_async.launcher.schedule import SCHEDULE_FILE
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import check_loggers
 from vapo_async.metrics.summary import Summary
@@ -35,16 +36,19 @@ def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> t
     check_base(config, base, task)
     if task.overlap_removed:
         console.note(f"left out {task.overlap_removed} training problems that are held-out ones too")
+    resumed = find_resume(config.resume, Path(config.runs_dir), config.name, console.note)
+    checkpoint = None if resumed is None else newest_whole(resumed, console.note)
     console.note("starting the stages")
     stages = build_stages(config, base)
     logs = None
     try:  # the folder comes last: what fails before leaves none behind
-        resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
         run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
         save_config(config, run_dir / CONFIG_FILE, overrides)
         logs = run_dir / "logs"
         console.note(f"run folder: {run_dir}")
-        return train(config, stages, run_dir, console, resume=resumed is not None), run_dir
+        if isinstance(stages, InlineStages):
+            stages.record(run_dir / SCHEDULE_FILE)
+        return train(config, stages, run_dir, console, resumed=checkpoint), run_dir
     finally:
         stages.shutdown(logs)
 

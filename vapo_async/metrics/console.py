@@ -164,7 +164,30 @@ def _closing_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         bound = f" of at most {summary['max_staleness']}" if "max_staleness" in summary else ""
         rows.append(("age in versions", f"mean {summary['mean_age']:.2f}, max {summary['max_age']}{bound}"))
     if "tickets" in summary:
-        rows.append(("tickets", ", ".join(f"{n:,} {name}" for name, n in summary["tickets"].items())))
+        rows.append(("tickets", _tickets(summary["tickets"], summary.get("refund_reasons", {}))))
+    if lengths := _lengths(summary.get("lengths", {}), summary.get("length_bias")):
+        rows.append(("mean response length", lengths))
+    if restarts := summary.get("restarts"):
+        rows.append(("processes replaced", ", ".join(f"{n} × {stage}" for stage, n in restarts.items())))
     if "seed" in summary:
         rows.append(("seed", str(summary["seed"])))
     return rows
+
+
+def _tickets(ends: Mapping[str, int], reasons: Mapping[str, int]) -> str:
+    """``9 charged, 6 committed, 2 refunded (1 all right, 1 straggler), 1 outstanding``."""
+    told = ", ".join(f"{n:,} {reason}" for reason, n in reasons.items() if n)
+    return ", ".join(
+        f"{n:,} {name}" + (f" ({told})" if name == "refunded" and told else "") for name, n in ends.items()
+    )
+
+
+def _lengths(lengths: Mapping[str, Mapping[str, Any]], bias: float | None) -> str:
+    """``40.1 generated, 38.9 trained on (-1.2), 52.0 dropped``, in tokens; kinds without a response are left out."""
+    parts = [
+        f"{counts['mean']:,.1f} {'trained on' if kind == 'trained' else kind}"
+        + (f" ({bias:+.1f})" if kind == "trained" and bias is not None else "")
+        for kind, counts in lengths.items()
+        if counts["responses"]
+    ]
+    return ", ".join(parts)

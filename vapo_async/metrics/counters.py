@@ -1,4 +1,4 @@
-"""What a run counts: ages of the groups trained on, tokens, steps. Plain numbers; checkpoints carry them as JSON."""
+"""What the learner has done: ages of the groups trained on, tokens, steps; checkpoints carry them as JSON."""
 
 from collections import Counter
 from collections.abc import Iterable
@@ -58,8 +58,6 @@ class AgeHistogram:
 class RunTotals:
     """Sums over the whole run, resumed parts included."""
 
-    generated_tokens: int = 0
-    """Response tokens that the engines sampled, evaluation left out."""
     trained_tokens: int = 0
     """Response tokens of the batches that the learner took, each counted once."""
     optimizer_steps: int = 0

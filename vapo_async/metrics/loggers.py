@@ -12,7 +12,6 @@ steps 1 − V … 0. TorchRL's loggers get ``step + V`` instead, a count of batc
 """
 
 import importlib.util
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +22,7 @@ from torchrl.record.loggers.common import Logger
 from torchrl.record.loggers.csv import CSVLogger
 
 from vapo_async.config import ConfigError, LoggingConfig
+from vapo_async.metrics.jsonl import JsonLines, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -34,15 +34,13 @@ class MetricsLog:
         self.path = run_dir / METRICS_FILE
         self._loggers = loggers
         self._offset = value_pretraining_steps
-        _end_last_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self._file = JsonLines(self.path)
 
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes one row. NaN and infinities become null in ``metrics.jsonl``; the others get them as they are."""
         floats = {name: float(value) for name, value in scalars.items()}
         row = {name: value if math.isfinite(value) else None for name, value in floats.items()}
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        self._file.write({"step": step, **row})
         for logger in self._loggers:
             logger.log_metrics(floats, step=step + self._offset)
 
@@ -103,22 +101,8 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     Rows of one step are merged, the later one wins: a resumed run repeats some. A last line that was cut by a kill
     is left out; null is NaN.
     """
-    path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no {METRICS_FILE} in {run_dir}: is it a run's folder?")
     merged: dict[int, dict[str, float]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
+    for row in read_json_lines(run_dir / METRICS_FILE):
         floats = {name: math.nan if value is None else value for name, value in row.items()}
         merged.setdefault(row["step"], {}).update(floats)
     return [merged[step] for step in sorted(merged)]
-
-
-def _end_last_line(path: Path) -> None:
-    """After a kill the file may end in half a row, which the next one must not be glued to."""
-    if path.is_file() and (content := path.read_bytes()) and not content.endswith(b"\n"):
-        with path.open("ab") as file:
-            file.write(b"\n")

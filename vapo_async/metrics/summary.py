@@ -27,6 +27,15 @@ class TicketCounts:
 
 
 @dataclass
+class LengthCounts:
+    """Responses of one kind."""
+
+    responses: int
+    mean: float | None
+    """Tokens; None without any response."""
+
+
+@dataclass
 class Summary:
     """Everything that ``summary.json`` holds; accuracies are avg@k on the held-out problems, in [0, 1]."""
 
@@ -54,6 +63,16 @@ class Summary:
     final_stderr: float | None = None
     evaluation: dict[str, int] = field(default_factory=dict)
     """``problems`` and ``samples`` of the first and last evaluation."""
+    refund_reasons: dict[str, int] = field(default_factory=dict)
+    """Why tickets ended without a group."""
+    lengths: dict[str, LengthCounts] = field(default_factory=dict)
+    """The length-bias audit of the whole run, by kind."""
+    length_bias: float | None = None
+    """Mean length trained on − mean length generated, tokens."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Where time went, by the names in :data:`vapo_async.metrics.names.SECONDS`."""
+    restarts: dict[str, int] = field(default_factory=dict)
+    """Dead processes that were replaced, by stage."""
     extra: dict[str, Any] = field(default_factory=dict)
     """Whatever else a launcher has to tell."""
 
@@ -74,7 +93,8 @@ def write_summary(summary: Summary, run_dir: Path) -> Path:
 def read_summary(run_dir: Path) -> Summary:
     """What :func:`write_summary` wrote."""
     data = json.loads((run_dir / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return Summary(**{**data, "tickets": TicketCounts(**data["tickets"])})
+    lengths = {kind: LengthCounts(**counts) for kind, counts in data.get("lengths", {}).items()}
+    return Summary(**{**data, "tickets": TicketCounts(**data["tickets"]), "lengths": lengths})
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,6 @@
 
 import heapq
 import random
-from collections.abc import Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -66,9 +65,8 @@ class PromptStream:
             raise ValueError(f"prompt of group {prompt.group_id} is not from this stream")
         heapq.heappush(self._returned, (prompt.group_id, prompt.problem.index))
 
-    def state_dict(self, outstanding: Iterable[Prompt] = ()) -> dict[str, Any]:
-        """JSON data. Prompts in ``outstanding`` (handed out, not yet trained on) count as returned in it."""
-        returned = {*self._returned, *((prompt.group_id, prompt.problem.index) for prompt in outstanding)}
+    def state_dict(self) -> dict[str, Any]:
+        """JSON data. Prompts that were handed out and not put back are not in it: who has them keeps them."""
         return {
             "seed": self._seed,
             "problems": len(self._order),
@@ -76,7 +74,7 @@ class PromptStream:
             "position": self._position,
             "next_group_id": self._next_group_id,
             "too_long": sorted(self._too_long),
-            "returned": [list(entry) for entry in sorted(returned)],
+            "returned": [list(entry) for entry in sorted(self._returned)],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

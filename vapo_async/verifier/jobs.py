@@ -1,7 +1,9 @@
 """What is asked of a worker and what comes back, and how both travel: length-prefixed JSON, nothing pickled.
 
-A conversation: the parent sends one batch ``{"timeout_s": …, "jobs": [...]}``; the worker loads what the batch needs,
-sends ``{"ready": true}`` (or ``{"error": "…"}`` and nothing more), then one ``{"correct": …}`` per job, in order.
+A conversation: the parent sends one batch ``{"timeout_s": …, "needs": [...], "jobs": [...]}``; the worker loads
+``needs`` with its first batch, sends ``{"ready": true}`` (or ``{"error": "…"}`` and nothing more), then one
+``{"correct": …}`` per job, in order, with ``"forbidden": true`` beside it where the answer led to something that a
+worker must not do.
 """
 
 import json
@@ -26,7 +28,8 @@ class EquivalenceJob:
 class ReasoningGymJob:
     """Does reasoning-gym's scorer of ``dataset`` pay ``pred`` in full?
 
-    ``answer`` and ``metadata`` (plain JSON data) are those of the generated problem.
+    ``answer`` and ``metadata`` (plain JSON data) are those of the generated problem. Scorers that compile the answer's
+    text (countdown's, for one) find every answer that they compile forbidden.
     """
 
     dataset: str
@@ -40,7 +43,9 @@ Job = EquivalenceJob | ReasoningGymJob
 
 @dataclass(frozen=True)
 class Outcome:
-    """The verdict. ``note`` is empty, or why the answer was not judged: "timeout", "crashed" or "too long"."""
+    """The verdict. ``note`` is empty, or why the answer was not judged: "timeout", "crashed", "forbidden" (it led to
+    something that a worker must not do) or "too long".
+    """
 
     correct: bool
     note: str = ""
@@ -61,9 +66,9 @@ def encode_job(job: Job) -> dict[str, object]:
             }
 
 
-def needs(job: Job) -> str:
-    """Names what a worker must have loaded for this job."""
-    return f"reasoning_gym {job.dataset}" if isinstance(job, ReasoningGymJob) else "math_verify"
+def needs_of(encoded: dict[str, object]) -> str:
+    """Names what a worker must have loaded for this job, as :func:`encode_job` wrote it."""
+    return "math_verify" if encoded["kind"] == "equivalence" else f"reasoning_gym {encoded['dataset']}"
 
 
 def pack(message: dict[str, object]) -> bytes:

@@ -52,10 +52,10 @@ class WorkerProcess:
         os.set_blocking(self.stdin, False)
         os.set_blocking(self.stdout, False)
         self.owed: deque[int] = deque()
-        self.ready = False  # has loaded what the batch at hand needs
         self.deadline = 0.0
         self._timeout_s = 0.0
-        self._loaded: set[str] = set()
+        self._unready = 0  # batches sent and not yet begun
+        self._loaded: frozenset[str] = frozenset()
         self._outgoing = memoryview(b"")
         self._incoming = bytearray()
 
@@ -68,20 +68,35 @@ class WorkerProcess:
         return self._process.poll() is None
 
     @property
+    def ready(self) -> bool:
+        """It has loaded what it needs and is at the batch that it owes."""
+        return self._unready == 0
+
+    def begin(self) -> None:
+        """It says that it is ready for a batch. ``ValueError`` if it has none."""
+        if self._unready == 0:
+            raise ValueError("a worker is ready for nothing")
+        self._unready -= 1
+
+    @property
     def sending(self) -> bool:
         """Part of a batch has not gone into the pipe yet."""
         return len(self._outgoing) > 0
 
-    def assign(self, frame: bytes, indices: Iterable[int], needs: set[str], timeout_s: float) -> None:
+    def fits(self, needs: frozenset[str]) -> bool:
+        """Whether it has loaded ``needs`` or still can: a worker loads once."""
+        return not self._loaded or needs <= self._loaded
+
+    def assign(self, frame: bytes, indices: Iterable[int], needs: frozenset[str], timeout_s: float) -> None:
         """Hands over a batch. Loading has a limit of its own; each answer then has ``timeout_s``."""
-        assert not self.owed, "a worker takes one batch at a time"
+        assert not self.owed and self.fits(needs), "a worker takes one batch at a time, and loads once"
         self.owed.extend(indices)
-        self.ready = False
         self._timeout_s = timeout_s
-        limit = timeout_s if needs <= self._loaded else max(START_TIMEOUT_S, timeout_s)
-        self._loaded |= needs
+        limit = timeout_s if self._loaded and self.ready else max(START_TIMEOUT_S, timeout_s)
+        self._unready += 1
+        self._loaded = self._loaded or needs
         self.deadline = time.monotonic() + limit
-        self._outgoing = memoryview(frame)
+        self._outgoing = memoryview(bytes(self._outgoing) + frame)
 
     def send(self) -> None:
         """Writes what the pipe takes now. ``BrokenPipeError`` if the worker is gone."""

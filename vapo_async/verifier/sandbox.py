@@ -1,6 +1,7 @@
 """A pool of worker processes that judge answers under time and memory limits.
 
-Whatever an answer does to its worker costs that answer only: the worker is killed, another one takes over the rest.
+Whatever an answer does to its worker costs that answer only: the worker is killed, another one takes over the rest. An
+answer takes ``timeout_s`` at most, or, where its worker dies, twice that and a start of a worker.
 Workers are fresh interpreters (no fork of a threaded parent), and end with their parent, even when it is killed.
 """
 
@@ -14,10 +15,12 @@ from types import TracebackType
 from typing import Self
 
 from vapo_async.config import RunError
-from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, Job, Outcome, encode_job, needs, pack
+from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, Job, Outcome, encode_job, needs_of, pack
 from vapo_async.verifier.process import WorkerProcess
 
 _MAX_BATCH = 64
+_SPARE_AFTER = 0.25
+"""Share of the time limit after which an answer is expected to cost its worker: another one starts to load."""
 _MAX_FAILED_STARTS = 3
 """Workers in a row that end before they are ready; then something is wrong that no restart mends."""
 
@@ -44,6 +47,8 @@ class Sandbox:
         self._lock = threading.Lock()
         self._closed = False
         self._failed_starts = 0
+        self._needs: frozenset[str] = frozenset()  # what earlier calls needed: no worker is replaced to alternate
+        self._spare: WorkerProcess | None = None
         self._workers = [WorkerProcess(memory_mb) for _ in range(workers)]
 
     @property
@@ -57,31 +62,28 @@ class Sandbox:
         Raises :class:`SandboxError` if no worker can be started, ``TypeError`` for metadata that is not JSON data,
         ``RuntimeError`` after :meth:`close`. Nothing that stands in an answer raises.
         """
-        encoded = [encode_job(job) for job in jobs]
-        pack({"jobs": encoded})  # what JSON cannot say is refused before anything is sent
-        outcomes: list[Outcome | None] = [
-            Outcome(False, "too long") if len(job.pred) > MAX_ANSWER_CHARS else None for job in jobs
-        ]
-        pending = deque(i for i, outcome in enumerate(outcomes) if outcome is None)
+        call = _Call(jobs)
         with self._lock:
             if self._closed:
                 raise RuntimeError("the sandbox is closed")
+            wanted = self._needs | {needs_of(job) for job in call.encoded.values()}
             try:
-                self._loop(jobs, encoded, pending, outcomes)
+                self._loop(call, wanted)
+                self._needs = wanted
             finally:  # after Ctrl-C or an error nothing may answer a later call with this call's verdicts
                 for slot, worker in enumerate(self._workers):
-                    if worker.owed:
+                    if worker.owed or not worker.fits(self._needs):
                         self._replace(slot)
-        assert all(outcome is not None for outcome in outcomes), "every job has an outcome"
-        return [outcome for outcome in outcomes if outcome is not None]
+        assert all(outcome is not None for outcome in call.outcomes), "every job has an outcome"
+        return [outcome for outcome in call.outcomes if outcome is not None]
 
     def close(self) -> None:
         """Ends the workers; waits for a call in progress. Closing twice is fine."""
         with self._lock:
             self._closed = True
-            for worker in self._workers:
+            for worker in [*self._workers, *filter(None, [self._spare])]:
                 worker.kill()
-            self._workers = []
+            self._workers, self._spare = [], None
 
     def __enter__(self) -> Self:
         return self
@@ -91,26 +93,24 @@ class Sandbox:
     ) -> None:
         self.close()
 
-    def _loop(
-        self,
-        jobs: Sequence[Job],
-        encoded: list[dict[str, object]],
-        pending: deque[int],
-        outcomes: list[Outcome | None],
-    ) -> None:
-        while pending or any(worker.owed for worker in self._workers):
+    def _loop(self, call: "_Call", wanted: frozenset[str]) -> None:
+        """Judges ``call`` by workers that have loaded ``wanted``."""
+        while call.pending or any(worker.owed for worker in self._workers):
             for slot, worker in enumerate(self._workers):
-                if pending and not worker.owed:
-                    if not worker.alive:
+                if call.pending and not worker.owed:
+                    while not worker.alive or not worker.fits(wanted):  # a spare may not do either
                         worker = self._replace(slot)
-                    size = min(_MAX_BATCH, math.ceil(len(pending) / (2 * len(self._workers))))
-                    batch = [pending.popleft() for _ in range(size)]
-                    frame = pack({"timeout_s": self._timeout_s, "jobs": [encoded[i] for i in batch]})
-                    worker.assign(frame, batch, {needs(jobs[i]) for i in batch}, self._timeout_s)
+                    size = min(_MAX_BATCH, math.ceil(len(call.pending) / (2 * len(self._workers))))
+                    batch = [call.pending.popleft() for _ in range(size)]
+                    worker.assign(call.frame(batch, wanted, self._timeout_s), batch, wanted, self._timeout_s)
             self._wait()
+            if self._spare is None and time.monotonic() >= self._spare_at():
+                self._spare = WorkerProcess(self._memory_mb)
+                self._spare.assign(call.frame([], wanted, self._timeout_s), [], wanted, self._timeout_s)
+                self._spare.send()
             for slot, worker in enumerate(self._workers):
                 if worker.owed:
-                    self._advance(slot, worker, pending, outcomes)
+                    self._advance(slot, worker, call)
 
     def _wait(self) -> None:
         """Until a worker can be written to or read from, or the first deadline."""
@@ -120,9 +120,17 @@ class Sandbox:
                 selector.register(worker.stdout, selectors.EVENT_READ)
                 if worker.sending:
                     selector.register(worker.stdin, selectors.EVENT_WRITE)
-            selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
+            wake = min(worker.deadline for worker in busy)
+            if self._spare is None:
+                wake = min(wake, self._spare_at())
+            selector.select(max(0.0, wake - time.monotonic()))
 
-    def _advance(self, slot: int, worker: WorkerProcess, pending: deque[int], outcomes: list[Outcome | None]) -> None:
+    def _spare_at(self) -> float:
+        """When an answer has taken so long that a worker should stand by; infinity while none is being judged."""
+        deadlines = [worker.deadline for worker in self._workers if worker.owed and worker.ready]
+        return min(deadlines, default=math.inf) - (1 - _SPARE_AFTER) * self._timeout_s
+
+    def _advance(self, slot: int, worker: WorkerProcess, call: "_Call") -> None:
         """Moves the bytes that can move, then looks at the worker's deadline."""
         try:
             if worker.sending:
@@ -131,29 +139,39 @@ class Sandbox:
         except (BrokenPipeError, ValueError):
             replies = None
         if replies is None:
-            self._give_up(slot, "crashed", pending, outcomes)
+            self._give_up(slot, "crashed", call)
             return
         for reply in replies:
             if isinstance(reply.get("error"), str):
                 raise SandboxError(f"a verifier worker cannot load what it needs: {reply['error']}; {self._way_out()}")
             if not worker.ready and reply.get("ready") is True:
-                worker.ready = True
+                worker.begin()
                 self._failed_starts = 0
             elif worker.ready and worker.owed and isinstance(reply.get("correct"), bool):
-                outcomes[worker.owed.popleft()] = Outcome(reply["correct"] is True)
+                forbidden = reply.get("forbidden") is True
+                call.outcomes[worker.owed.popleft()] = (
+                    Outcome(False, "forbidden") if forbidden else Outcome(reply["correct"] is True)
+                )
             else:  # not our protocol: the answer took the worker over
-                self._give_up(slot, "crashed", pending, outcomes)
+                self._give_up(slot, "crashed", call)
                 return
         if worker.owed and time.monotonic() >= worker.deadline:
-            self._give_up(slot, "timeout", pending, outcomes)
+            self._give_up(slot, "timeout", call)
 
-    def _give_up(self, slot: int, note: str, pending: deque[int], outcomes: list[Outcome | None]) -> None:
-        """Replaces a worker. The answer it was at is lost, the rest of its batch goes to the others."""
+    def _give_up(self, slot: int, note: str, call: "_Call") -> None:
+        """Replaces a worker. The rest of its batch goes to the others.
+
+        So does the answer it was at if the worker died under it: the death may be somebody else's doing. The answer's
+        own are a timeout and a second death.
+        """
         worker = self._workers[slot]
         owed = list(worker.owed)
         worker.owed.clear()
         if worker.ready:
-            outcomes[owed.pop(0)] = Outcome(False, note)
+            if note == "crashed" and owed[0] not in call.died:
+                call.died.add(owed[0])
+            else:
+                call.outcomes[owed.pop(0)] = Outcome(False, note)
         else:  # it never came to an answer
             self._failed_starts += 1
             if self._failed_starts >= _MAX_FAILED_STARTS:
@@ -162,15 +180,34 @@ class Sandbox:
                     f"{_MAX_FAILED_STARTS} verifier workers in a row ended before they were ready ({note}); "
                     f"their messages are on stderr; {self._way_out()}"
                 )
-        pending.extendleft(reversed(owed))
+        call.pending.extendleft(reversed(owed))
         self._replace(slot)
 
     def _replace(self, slot: int) -> WorkerProcess:
         self._workers[slot].kill()
-        self._workers[slot] = WorkerProcess(self._memory_mb)
+        self._workers[slot] = self._spare or WorkerProcess(self._memory_mb)
+        self._spare = None
         return self._workers[slot]
 
     def _way_out(self) -> str:
         return (
             f"check that math-verify and reasoning-gym import, or raise verifier.memory_mb (now {self._memory_mb} MiB)"
         )
+
+
+class _Call:
+    """The jobs of one call by index, and how far they are: ``died`` had a worker die under them once."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self.outcomes: list[Outcome | None] = [
+            Outcome(False, "too long") if len(job.pred) > MAX_ANSWER_CHARS else None for job in jobs
+        ]
+        self.encoded = {i: encode_job(job) for i, job in enumerate(jobs) if self.outcomes[i] is None}
+        pack({"jobs": list(self.encoded.values())})  # what JSON cannot say is refused before anything is sent
+        self.pending = deque(self.encoded)
+        self.died: set[int] = set()
+
+    def frame(self, batch: Sequence[int], needs: frozenset[str], timeout_s: float) -> bytes:
+        """The batch as it goes to a worker."""
+        jobs = [self.encoded[i] for i in batch]
+        return pack({"timeout_s": timeout_s, "needs": sorted(needs), "jobs": jobs})

@@ -27,7 +27,8 @@ class TaskVerifier:
 
     ``overlong_cache_tokens`` is L_cache of the soft overlong punishment, 0 = off.
 
-    Counters since the start: ``scored`` responses, of them ``timeouts`` and ``crashes`` of the judging process.
+    Counters since the start: ``scored`` responses, of them ``timeouts`` and ``crashes`` of the judging process, and
+    ``forbidden``: answers that led to something that the process must not do.
     """
 
     def __init__(self, task: TaskConfig, verifier: VerifierConfig, overlong_cache_tokens: int = 0) -> None:
@@ -38,6 +39,7 @@ class TaskVerifier:
         self.scored = 0
         self.timeouts = 0
         self.crashes = 0
+        self.forbidden = 0
 
     def score(self, items: Sequence[ScoreRequest]) -> list[Score]:
         """Scores in the order of ``items``. Raises :class:`.sandbox.SandboxError` if nothing can be judged."""
@@ -50,6 +52,7 @@ class TaskVerifier:
         self.scored += len(items)
         self.timeouts += sum(outcome.note == "timeout" for outcome in judged)
         self.crashes += sum(outcome.note == "crashed" for outcome in judged)
+        self.forbidden += sum(outcome.note == "forbidden" for outcome in judged)
         return [self._score(item, outcome) for item, outcome in zip(items, outcomes, strict=True)]
 
     def close(self) -> None:

@@ -1,7 +1,8 @@
 """The process that judges answers: ``python -m vapo_async.verifier.worker MEMORY_MB``, started by the sandbox.
 
-It reads batches from stdin and writes verdicts to stdout (see :mod:`.jobs`). It limits itself (address space, CPU time
-per answer, no core dumps, no file writes, few descriptors, no children) and ends with its parent. Imports no torch.
+It reads batches from stdin and writes verdicts to stdout (see :mod:`.jobs`). It limits its memory and its CPU time per
+answer, loads what the first batch needs, seals itself (:mod:`.seal`) before it looks at an answer, and ends with its
+parent. Imports no torch.
 """
 
 import math
@@ -11,95 +12,74 @@ import select
 import sys
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
-from vapo_async.verifier.jobs import pack, unpack
+from vapo_async.verifier.jobs import needs_of, pack, unpack
+from vapo_async.verifier.loading import Judge, load
+from vapo_async.verifier.seal import Forbidden, Seal, limit
 
 _MAX_BATCH_BYTES = 1 << 28
-_MAX_OPEN_FILES = 64
 _CPU_GRACE_S = 1
 _ORPHAN_CHECK_MS = 1000
+
+
+class Worker:
+    """Judges batches; ``sink`` is the descriptor that the verdicts go to."""
+
+    def __init__(self, sink: int) -> None:
+        self._sink = sink
+        self._judges: dict[str, Judge] = {}
+        self._seal: Seal | None = None
+
+    def serve(self, batch: dict[str, Any]) -> None:
+        """Answers one batch. The first one decides what this worker can judge."""
+        if self._seal is None:
+            try:
+                self._judges = load(batch["needs"])
+            except Exception as error:  # noqa: BLE001 - reported to the parent, which raises it
+                self._send({"error": f"{type(error).__name__}: {error}"})
+                return
+            self._seal = Seal()
+        self._send({"ready": True})
+        for job in batch["jobs"]:
+            # The parent kills after timeout_s; this is for a busy worker whose parent is gone.
+            allowance = math.ceil(time.process_time() + batch["timeout_s"]) + _CPU_GRACE_S
+            limit(resource.RLIMIT_CPU, allowance, resource.getrlimit(resource.RLIMIT_CPU)[1])
+            self._send(self._verdict(job, self._seal))
+
+    def _verdict(self, job: dict[str, Any], seal: Seal) -> dict[str, object]:
+        seal.reset()
+        try:
+            correct = self._judges[needs_of(job)](job)
+        except (Exception, Forbidden):  # noqa: BLE001 - judges raise anything on a model's text
+            correct = False
+        if seal.broken:  # whether or not the exception came through
+            return {"correct": False, "forbidden": True}
+        return {"correct": correct}
+
+    def _send(self, message: dict[str, object]) -> None:
+        frame = memoryview(pack(message))
+        while frame:
+            frame = frame[os.write(self._sink, frame) :]
 
 
 def main(memory_mb: int) -> None:
     """Serves batches until stdin ends."""
     source, sink = os.dup(0), os.dup(1)
     threading.Thread(target=_exit_with_parent, args=(source, os.getppid()), daemon=True).start()
-    _limit(resource.RLIMIT_AS, memory_mb << 20)
-    _limit(resource.RLIMIT_CORE, 0)
-    _limit(resource.RLIMIT_FSIZE, 0)
-    _limit(resource.RLIMIT_NOFILE, _MAX_OPEN_FILES)
-    _limit(resource.RLIMIT_NPROC, 0)
+    limit(resource.RLIMIT_AS, memory_mb << 20)
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):  # whatever a scorer prints must not reach the frames
         os.dup2(null, fd)
     sys.setrecursionlimit(2000)
 
-    scorers: dict[str, Callable[..., Any]] = {}
+    worker = Worker(sink)
     buffer = bytearray()
     while data := os.read(source, 1 << 20):
         buffer += data
         for batch in unpack(buffer, _MAX_BATCH_BYTES):
-            _serve(batch, scorers, sink)
-
-
-def _serve(batch: dict[str, Any], scorers: dict[str, Callable[..., Any]], sink: int) -> None:
-    try:
-        for job in batch["jobs"]:
-            _load(job, scorers)
-    except Exception as error:  # noqa: BLE001 - reported to the parent, which raises it
-        _send(sink, {"error": f"{type(error).__name__}: {error}"})
-        return
-    _send(sink, {"ready": True})
-    for job in batch["jobs"]:
-        # The parent kills after timeout_s; this is for a busy worker whose parent is gone.
-        allowance = math.ceil(time.process_time() + batch["timeout_s"]) + _CPU_GRACE_S
-        _limit(resource.RLIMIT_CPU, allowance, resource.getrlimit(resource.RLIMIT_CPU)[1])
-        _send(sink, {"correct": _judge(job, scorers)})
-
-
-def _load(job: dict[str, Any], scorers: dict[str, Callable[..., Any]]) -> None:
-    """Imports what the job needs, outside the time limit of any answer."""
-    if job["kind"] == "equivalence":
-        if "equivalence" not in scorers:
-            import math_verify  # noqa: F401 - imported for later
-
-            from vapo_async.verifier.math import equivalent
-
-            equivalent(r"\frac{x}{2}", r"x \cdot \frac12")  # builds the grammar's tables
-            scorers["equivalence"] = equivalent
-    elif job["dataset"] not in scorers:
-        import reasoning_gym
-
-        scorers[job["dataset"]] = reasoning_gym.get_score_answer_fn(job["dataset"])
-
-
-def _judge(job: dict[str, Any], scorers: dict[str, Callable[..., Any]]) -> bool:
-    if job["kind"] == "equivalence":
-        return bool(scorers["equivalence"](job["gold"], job["pred"]))
-    entry = {"question": "", "answer": job["answer"], "metadata": job["metadata"]}
-    try:
-        # The base scorer pays partial credit for an answer that contains the right one.
-        return bool(scorers[job["dataset"]](job["pred"], entry) == 1.0)
-    except Exception:  # noqa: BLE001 - scorers raise anything on a model's text
-        return False
-
-
-def _send(sink: int, message: dict[str, object]) -> None:
-    frame = memoryview(pack(message))
-    while frame:
-        frame = frame[os.write(sink, frame) :]
-
-
-def _limit(which: int, soft: int, hard: int | None = None) -> None:
-    """Lowers a limit of this process; ``hard`` None sets both. Never above the hard limit that is in force."""
-    ceiling = resource.getrlimit(which)[1]
-    hard = soft if hard is None else hard
-    if ceiling != resource.RLIM_INFINITY:
-        soft = min(soft, ceiling)
-        hard = ceiling if hard == resource.RLIM_INFINITY else min(hard, ceiling)
-    resource.setrlimit(which, (soft, hard))
+            worker.serve(batch)
+    os._exit(0)  # a sealed interpreter cannot tidy up
 
 
 def _exit_with_parent(source: int, parent: int) -> None:

@@ -1,0 +1,76 @@
+"""How long the responses are that were generated, trained on, refused and dropped: whether a limit favours short ones.
+
+A mean says little about a heavy tail, so each kind has a histogram: a time limit that cuts long answers shows as
+buckets that are full under GENERATED or DROPPED and empty under TRAINED.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+GENERATED = "generated"  # finished responses, also those that are refused or come too late
+TRAINED = "trained"
+REFUSED = "refused"  # by dynamic sampling
+DROPPED = "dropped"  # of stragglers that were cancelled, with the tokens that they had; finished samples too
+KINDS = (GENERATED, TRAINED, REFUSED, DROPPED)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of one kind of response."""
+
+    responses: int = 0
+    tokens: int = 0
+    histogram: dict[int, int] = field(default_factory=dict)
+    """Responses by upper bound in tokens, 1, 2, 4, …: the smallest power of two that is not below the length."""
+
+
+def upper_bound(length: int) -> int:
+    """The smallest power of two >= ``length``; 1 for a response that was cut before its first token."""
+    return 1 << max(length - 1, 0).bit_length()
+
+
+class LengthAudit:
+    """Counts responses and tokens by kind, over the whole run, resumes included."""
+
+    def __init__(self) -> None:
+        self._counts = {kind: Lengths() for kind in KINDS}
+
+    def add(self, kind: str, lengths: Iterable[int]) -> None:
+        """Counts responses of ``lengths`` tokens. Raises ``KeyError`` if ``kind`` is not one of ``KINDS``."""
+        before = self._counts[kind]
+        histogram, responses, tokens = dict(before.histogram), before.responses, before.tokens
+        for length in lengths:
+            bound = upper_bound(length)
+            histogram[bound] = histogram.get(bound, 0) + 1
+            responses, tokens = responses + 1, tokens + length
+        self._counts[kind] = Lengths(responses, tokens, histogram)
+
+    def counts(self) -> dict[str, Lengths]:
+        """By kind; every kind is there, histograms in order of their bounds."""
+        return {
+            kind: Lengths(found.responses, found.tokens, dict(sorted(found.histogram.items())))
+            for kind, found in self._counts.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON data."""
+        return {
+            kind: {
+                "responses": found.responses,
+                "tokens": found.tokens,
+                "histogram": {str(bound): count for bound, count in found.histogram.items()},
+            }
+            for kind, found in self.counts().items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` gave."""
+        self._counts = {
+            kind: Lengths(
+                state[kind]["responses"],
+                state[kind]["tokens"],
+                {int(bound): count for bound, count in state[kind]["histogram"].items()},
+            )
+            for kind in KINDS
+        }

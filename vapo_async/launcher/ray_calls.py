@@ -1,0 +1,53 @@
+"""What an answer of an actor says: its value, or an error that names who was waited for."""
+
+from concurrent.futures import Future
+from typing import Any
+
+from ray.exceptions import RayActorError, RayTaskError
+from safetensors import SafetensorError
+
+from vapo_async.config import ConfigError, RunError
+from vapo_async.stages import StageDiedError
+
+_TOLD = (ConfigError, RunError, OSError, SafetensorError)
+
+
+def answer(future: Future[Any], whom: str) -> Any:
+    """The value of a future that is done.
+
+    Raises:
+        StageDiedError: the process of ``whom`` is dead, or that of a stage that it waited for.
+        ConfigError, RunError, OSError, SafetensorError: as the actor raised it.
+        RayTaskError: anything else that it raised, also an instance of what that was.
+    """
+    error = future.exception()
+    if error is None:
+        return future.result()
+    if isinstance(error, RayActorError):
+        raise died(whom, error) from error
+    if isinstance(error, RayTaskError):
+        if isinstance(error.cause, _TOLD):  # as it was raised: one line, without Ray's trace
+            raise error.cause from error
+        if isinstance(error.cause, RayActorError):
+            raise died(f"{whom}, which waited for a stage", error.cause) from error
+    raise error
+
+
+def died(whom: str, error: RayActorError) -> StageDiedError:
+    """The process of ``whom`` is dead."""
+    lines = str(error).strip().splitlines()
+    if error.actor_init_failed:
+        return StageDiedError(f"{whom} failed: {lines[-1]}")
+    return StageDiedError(f"the run waited for {whom}, whose process died ({lines[0]}); see logs/ in the run folder")
+
+
+def reason(error: BaseException) -> str:
+    """One line for a note: how a process ended."""
+    if isinstance(error, RayActorError):
+        if error.actor_init_failed:
+            return f"it failed: {str(error).strip().splitlines()[-1]}"
+        return "its process died"
+    if isinstance(error, RayTaskError):
+        lines = str(error.cause).strip().splitlines()
+        return f"it raised {type(error.cause).__name__}" + (f": {lines[0]}" if lines else "")
+    return str(error)
