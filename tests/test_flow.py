@@ -132,8 +132,8 @@ def test_a_checkpoint_holds_ready_groups_and_running_tickets(
 def test_carried_responses_go_to_whoever_takes_the_ticket(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     flow = make_flow(tokenizer)
     first, second, third = flow.admit(3, "a")
-    part = Response(1, [3, 4], [-0.1, -1 / 3], [0, 0], FinishReason.ABORTED)
-    whole = Response(0, [5, 6, 1], [-0.5, -1e-9, -7.25], [0, 0, 0], FinishReason.STOP)
+    part = Response(1, [3, 4], [-0.125, -0.34375], [0, 0], FinishReason.ABORTED)
+    whole = Response(0, [5, 6, 1], [-0.5, -(2.0**-30), -7.25], [0, 0, 0], FinishReason.STOP)
     finish(flow, third)
     partial = {
         second.ticket.ticket_id: [part, whole],

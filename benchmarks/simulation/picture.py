@@ -61,7 +61,7 @@ def _line(axes: Axes, pairs: Sequence[Pair], best: float, taken: Pair) -> None:
     axes.text(0.01, 100 * GOOD_ENOUGH + 0.6, f"{GOOD_ENOUGH:.0%} of the best", transform=axes.get_yaxis_transform(),
               va="bottom", fontsize=9, color=QUIET)  # fmt: skip
     others = [pair for pair in pairs if pair not in line]
-    axes.scatter(*zip(*(at[id(pair)] for pair in [*others, *line]), strict=True), s=26, color=QUIET)
+    axes.plot(*zip(*at.values(), strict=True), color=QUIET, marker="o", markersize=5, linestyle="none")
     axes.plot(*zip(*(at[id(pair)] for pair in line), strict=True), color=MAIN, marker="o", linewidth=2, markersize=6)
     axes.plot(*at[id(taken)], marker="o", markersize=13, fillstyle="none", markeredgewidth=2.2, color=SECOND)
     named: list[tuple[float, float]] = []

@@ -180,3 +180,6 @@ def test_exit_codes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit):
         script["main"](["--json", str(tmp_path / "nowhere" / "x.json")])
     assert "--json: no folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        script["main"](["--seeds", "0"])
+    assert "--seeds is 0, expected at least 1" in capsys.readouterr().err
