@@ -10,7 +10,9 @@ none. Every run has a seed, and the i-th prompt the same lengths for all S and L
 
 Demanded: (a) the throughput of a worker does not fall from 64 workers to 4,096; (b) with stages that take equally long,
 the run takes hardly longer than one of them; (c) under heavy tails a small lead below a large bound has the throughput
-of the large lead at the age of the small one. Exit code 1 where a demand fails.
+of the large lead at the age of the small one, with unlimited engines and with slots for which all tickets queue.
+Not demanded where an engine takes a ticket only for a free slot: S = L has slack there, and the table shows its gain.
+Exit code 1 where a demand fails.
 """
 
 import argparse
