@@ -1,5 +1,7 @@
 """Runs ``scripts/train_async.py`` in a process of its own, as a user does."""
 
+import atexit
+import functools
 import json
 import os
 import signal
@@ -8,8 +10,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import torch
 from conftest import REPOSITORY, tiny_overrides
@@ -39,7 +39,7 @@ def start(arguments: list[str], log: Path) -> subprocess.Popen[str]:
     )
 
 
-def wait_for(log: Path, text: str, process: subprocess.Popen[str], timeout_s: float = 120) -> None:
+def wait_for(log: Path, text: str, process: "subprocess.Popen[str] | Run", timeout_s: float = 120) -> None:
     deadline = time.monotonic() + timeout_s
     while text not in log.read_text():
         assert process.poll() is None, log.read_text()
@@ -110,15 +110,14 @@ class Nursery:
         """``arguments`` of ``scripts/train_async.py``; what it prints goes into ``log``."""
         assert self._process.stdin is not None
         log.with_name(log.name + ".exit").unlink(missing_ok=True)
+        log.write_text("")
         self._process.stdin.write(json.dumps({"arguments": arguments, "log": str(log)}) + "\n")
         self._process.stdin.flush()
         self._runs.append(Run(int(self._read()), log))
         return self._runs[-1]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def close(self) -> None:
+        """Ends it and the runs that are left."""
         for run in self._runs:
             if run.poll() is None:
                 run.kill()
@@ -128,3 +127,11 @@ class Nursery:
     def _read(self) -> str:
         assert self._process.stdout is not None
         return self._process.stdout.readline().strip()
+
+
+@functools.cache
+def nursery() -> Nursery:
+    """The one that all tests share."""
+    shared = Nursery()
+    atexit.register(shared.close)
+    return shared

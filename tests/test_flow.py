@@ -219,18 +219,28 @@ def test_a_straggler_is_dropped_when_nothing_else_fills_the_batch(tokenizer: Pre
     assert flow.seconds_until_overdue(107.0) == 10.0, "the batch came nearer: from here on"
     assert flow.drop_overdue(116.9) is None
     assert flow.drop_overdue(117.0) == (1, "a")
-    flow.dropped([5, 9])
     counters = flow.counters()
     assert counters.drops == 1 and counters.refund_reasons == {"straggler": 1}
-    assert counters.lengths["dropped"] == Lengths(2, 14, {8: 1, 16: 1})
     (again,) = flow.admit(9, "b")
     assert again.prompt == slow.prompt and again.ticket.ticket_id == 2
     assert not finish(flow, slow), "its group comes too late"
     assert flow.seconds_until_overdue(118.0) is None and flow.drop_overdue(1e9) is None, "waited for from now on"
     assert finish(flow, again)
     assert flow.take() is not None and flow.publish() == 1
-    assert flow.counters().lengths["dropped"].responses == 2 + G, "a group that was finished is lost whole"
+    assert flow.counters().lengths["dropped"].responses == G, "a group that was finished is lost whole"
     assert flow._drops == {}, "forgotten with its prompt"
+
+
+def test_a_dropped_ticket_that_was_cancelled_is_counted_and_does_not_come_late(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    flow = make_flow(tokenizer, 0, 0)
+    slow, _ = flow.admit(9, "a")
+    assert flow.drop(slow.ticket.ticket_id) == "a"
+    flow.dropped(slow.ticket.ticket_id, [5, 9])
+    assert flow.counters().lengths["dropped"] == Lengths(2, 14, {8: 1, 16: 1})
+    with pytest.raises(TicketError, match="already ended"):
+        finish(flow, slow)
 
 
 def test_a_slow_ticket_that_others_can_replace_is_not_dropped(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vapo_async.buffer.lengths import DROPPED, GENERATED, KINDS, REFUSED, TRAINED, LengthAudit
-from vapo_async.config import Config, InlineLauncherConfig, RayLauncherConfig
+from vapo_async.config import Config, InlineLauncherConfig
 from vapo_async.flow import FlowCounters
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.metrics import names
@@ -294,18 +294,6 @@ def test_recorder_summary_and_closing_table_of_a_resumed_run(tmp_path: Path) -> 
     for expected in ("2 refunded (2 all right)", "5.8 generated, 3.5 trained on (-2.2), 9.0 refused, 100.0 dropped"):
         assert expected in text
     assert (tmp_path / "report.png").is_file()
-
-
-def test_recorder_tells_of_replaced_processes_once(tmp_path: Path) -> None:
-    stream, process = io.StringIO(), Process()
-    of = config()
-    of.launcher = RayLauncherConfig(max_restarts=4)
-    with recorder(tmp_path, process, Console(stream), of) as recording:
-        recording.start_clock()
-        for _ in range(7):
-            turn(recording, process)
-    notes = [line for line in stream.getvalue().splitlines() if "replaced" in line]
-    assert notes == [f"rollout worker 0 died and was replaced ({n} of at most 4 times)" for n in (1, 2)]
 
 
 def test_recorder_of_a_replaced_worker_never_counts_backwards(tmp_path: Path) -> None:

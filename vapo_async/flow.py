@@ -148,24 +148,28 @@ class Flow:
         if self._watch is None or not self._watch.overdue(ticket, now):
             return None
         assert ticket is not None
-        ticket_id, group_id = ticket.ticket_id, self._prompts[ticket.ticket_id].group_id
-        owner = self._owners[ticket_id]
         self._watch.reset()
+        return ticket.ticket_id, self.drop(ticket.ticket_id)
+
+    def drop(self, ticket_id: int) -> str:
+        """Gives back a running ticket as a straggler; returns its owner, who is to cancel it."""
+        owner, group_id = self._owners[ticket_id], self._prompts[ticket_id].group_id
         self._drops[group_id] = self._drops.get(group_id, 0) + 1
         self._drop_count += 1
         self._give_back(ticket_id, STRAGGLER)
         self._cancelled[ticket_id] = STRAGGLER
-        return ticket_id, owner
+        return owner
 
     def seconds_until_overdue(self, now: float) -> float | None:
-        """When to ask :meth:`drop_overdue` again; None if nothing is timed now, until the next commit or refund."""
+        """When to ask :meth:`drop_overdue` again; None: after the next admission, commit or refund."""
         if self._watch is None:
             return None
         self._watch.overdue(self._droppable(), now)
         return self._watch.remaining(now)
 
-    def dropped(self, lengths: Sequence[int]) -> None:
-        """Counts the responses of a dropped ticket, in tokens when they were cut."""
+    def dropped(self, ticket_id: int, lengths: Sequence[int]) -> None:
+        """A dropped ticket was cancelled: counts its responses, [G] tokens when they were cut."""
+        del self._cancelled[ticket_id]  # its group will not come late any more
         self._lengths.add(DROPPED, lengths)
 
     def take(self) -> Batch | None:

@@ -29,7 +29,8 @@ from vapo_async.metrics.summary import Summary
 from vapo_async.recorder import Recorder
 from vapo_async.stages import Stages, StepTimes
 
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What a full or a failing disk answers."""
 
 
 def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, resumed: Path | None = None) -> Summary:
@@ -38,7 +39,8 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
     A first Ctrl-C or SIGTERM ends it with a checkpoint; the summary's status is then ``interrupted``.
 
     Raises:
-        RunError: a stage failed or the disk is full; a checkpoint was tried, and the console says whether there is one.
+        RunError: a stage failed; a checkpoint was tried, and the console says whether there is one.
+        OSError: likewise, with one of ``DISK_ERRORS``: the disk is full.
     """
     with Interrupts() as interrupts, Recorder(config, run_dir, console) as recorder:
         if resumed is not None:
@@ -48,12 +50,9 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
         try:
             return _run(config, stages, recorder, run_dir, interrupts)
         except (RunError, OSError) as error:
-            if isinstance(error, OSError) and error.errno not in _DISK_ERRORS:
-                raise
-            _rescue(config, stages, recorder, run_dir, error)
-            if isinstance(error, RunError):
-                raise
-            raise RunError(f"the run folder {run_dir} cannot be written to: {error.strerror or error}") from error
+            if isinstance(error, RunError) or error.errno in DISK_ERRORS:
+                _rescue(config, stages, recorder, run_dir, error)
+            raise
 
 
 def _total(config: Config) -> int:

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from vapo_async.config import Config, RayLauncherConfig
+from vapo_async.config import Config
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.metrics import names
 from vapo_async.metrics.console import Console, Phase, StepRow
@@ -210,22 +210,17 @@ class Recorder:
         return summary
 
     def _observe(self, stats: FlowStats) -> None:
-        """Adds what came since the stats seen last; tells of processes that were replaced meanwhile."""
+        """Adds what came since the stats seen last."""
         last, flow = self._last, self.flow
         self._last = stats
         flow.generated_tokens += max(stats.generated_tokens - last.generated_tokens, 0)
         flow.seconds = plus(flow.seconds, increases(_waits(stats), _waits(last)))
         flow.verifier = plus(flow.verifier, increases(stats.verifier, last.verifier))
-        restarts = increases(stats.restarts, last.restarts)
-        flow.restarts = plus(flow.restarts, restarts)
+        flow.restarts = plus(flow.restarts, increases(stats.restarts, last.restarts))
         # The flow itself counts over resumes.
         flow.committed = stats.flow.tickets.get("committed", 0)
         flow.refunds = dict(stats.flow.refund_reasons)
         flow.lengths = {kind: LengthSums(n.responses, n.tokens, n.histogram) for kind, n in stats.flow.lengths.items()}
-        for stage in (stage for stage, n in restarts.items() if n):
-            ray = self._config.launcher
-            limit = f" of at most {ray.max_restarts}" if isinstance(ray, RayLauncherConfig) else ""
-            self.note(f"{stage} died and was replaced ({stats.restarts[stage]}{limit} times)")
 
     def _counters(self, stats: FlowStats) -> dict[str, float]:
         """Sums so far."""

@@ -118,7 +118,7 @@ class Stages(Protocol):
     def stats(self) -> FlowStats: ...
 
     def save(self, folder: Path) -> None:
-        """Writes learner and flow into an existing folder."""
+        """Writes all that an exact resume needs into an existing folder."""
         ...
 
     def load(self, folder: Path) -> None:

@@ -24,7 +24,7 @@ def inline(scratch: Path, kills: int, seed: int) -> Report:
     torch.set_num_threads(1)
     main = runpy.run_path(str(SCRIPT))["main"]
     chance = random.Random(seed)
-    report = Report("inline", versions=3 * kills + 6)
+    report = Report("inline", versions=8 * kills + 12)
     overrides = settings(scratch / "model", scratch / "reference", "inline", report.versions)
     overrides.append("launcher.overlap_steps=4")
     since = time.perf_counter()
@@ -47,7 +47,7 @@ def inline(scratch: Path, kills: int, seed: int) -> Report:
             code = wait(run)
             break
         target = left[0]
-        moment = time.monotonic() + chance.uniform(0.0, 2.0 + reference_s / max(1, kills))
+        moment = time.monotonic() + chance.uniform(0.0, 1.0 + reference_s / max(1, kills))
         code = wait(run, lambda moment=moment: time.monotonic() > moment)
         if target == "checkpoint" and code is None:
             code = wait(run, lambda: being_written(runs_dir))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import tiny_overrides
 from guessing_policy import guessing_overrides, make_guessing_policy
-from running import command, newest_run, start
+from running import command, newest_run, nursery, start
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from vapo_async.build import BaseModel, build_verifier
 from vapo_async.config import Config
 from vapo_async.config_load import load_config
 from vapo_async.launcher.inline import InlineStages
-from vapo_async.launcher.ray_actors import FlowActor
+from vapo_async.launcher.ray_flow import FlowActor, Progress
 from vapo_async.launcher.run import launch
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import read_metrics
@@ -74,8 +74,8 @@ def test_the_run_is_a_function_of_its_seed_and_counts_its_refunds(guessing_folde
         rows = [row for row in read_metrics(run_dir) if "reward" in row]
         refused = [row["refunds_all_right"] + row["refunds_all_wrong"] for row in rows]
         assert refused == sorted(refused) and refused[-1] == rows[-1]["tickets_refunded"] > 0
-        assert all(1 <= row["rejected_length"] <= 12 for row in rows if "rejected_length" in row)
-        assert any("rejected_length" in row for row in rows)
+        assert all(1 <= row["length_refused"] <= 12 for row in rows if "length_refused" in row)
+        assert any("length_refused" in row for row in rows)
         assert all(0 < row["correct"] < 1 for row in rows[1:])
         return load_file(sorted((run_dir / "checkpoints").iterdir())[-1] / "policy" / "model.safetensors")
 
@@ -89,8 +89,8 @@ def test_a_refused_group_wakes_who_waits_for_a_ticket(base_folder: Path, tmp_pat
 
     async def scenario() -> None:
         actor = FlowActor(config, BaseModel(base_folder, base_folder))
-        first, _ = await actor.admit(9)
-        waiting = asyncio.create_task(actor.admit(9))
+        first, _ = await actor.admit(9, "worker")
+        waiting = asyncio.create_task(actor.admit(9, "worker"))
         await asyncio.sleep(0)
         assert not waiting.done(), "the lead is spent"
         trajectories = []
@@ -98,10 +98,10 @@ def test_a_refused_group_wakes_who_waits_for_a_ticket(base_folder: Path, tmp_pat
             response = Response(i, [3, 1], [-1.0, -1.0], [0, 0], FinishReason.STOP)
             trajectories.append(schema.make_trajectory(first.prompt, first.ticket, response))
             schema.set_score(trajectories[-1], Score(False, -1.0))
-        await actor.commit(first.ticket.ticket_id, schema.stack_group(trajectories))
+        await actor.commit(first.ticket.ticket_id, schema.stack_group(trajectories), "worker", Progress())
         (fresh,) = await asyncio.wait_for(waiting, 10)
         assert fresh.prompt.group_id == 2
-        assert (await actor.counters()).refund_reasons == {"all right": 0, "all wrong": 1}
+        assert (await actor.counters())[0].refund_reasons == {"all right": 0, "all wrong": 1}
 
     asyncio.run(scenario())
 
@@ -132,7 +132,7 @@ def test_lost_patience_is_one_line_and_the_run_goes_on_without(base_folder: Path
     run_dir = run_until_patience_is_lost(base_folder, tmp_path, "inline")
     log = tmp_path / "again"
     resume = (f"resume={run_dir}", "algorithm.dynamic_sampling=false", "steps=2")
-    process = start([*command(base_folder, tmp_path)[:2], *resume], log)
+    process = nursery().start(resume, log)
     assert process.wait(timeout=150) == 0, log.read_text()
     tickets = json.loads((run_dir / "summary.json").read_text())["tickets"]
     assert tickets["charged"] == tickets["committed"] + tickets["refunded"] + tickets["outstanding"]

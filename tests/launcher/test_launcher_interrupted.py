@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_policy
-from running import command, newest_run, start, wait_for
+from running import command, newest_run, nursery, wait_for
 from transformers import PreTrainedTokenizerBase
 
 
 def interrupt(base_folder: Path, tmp_path: Path, delay_s: float) -> Path:
     """Starts a run that would go on for ever and sends Ctrl-C a moment after its first policy update."""
     log = tmp_path / "log"
-    process = start(command(base_folder, tmp_path, "steps=100000", "evaluation.every=0"), log)
+    process = nursery().start(command(base_folder, tmp_path, "steps=100000", "evaluation.every=0")[2:], log)
     wait_for(log, "policy 1/", process)
     time.sleep(delay_s)
-    process.send_signal(signal.SIGINT)
+    process.kill(signal.SIGINT)
     assert process.wait(timeout=60) == 130, log.read_text()
     assert "Traceback" not in log.read_text()
     assert "stopping at the next safe moment" in log.read_text()
@@ -42,9 +42,9 @@ def test_resume_takes_the_runs_own_settings_and_says_what_changes(base_folder: P
     run_dir = interrupt(base_folder, tmp_path, 0.1)
     done = json.loads((run_dir / "summary.json").read_text())["versions"]
     log = tmp_path / "again"
-    arguments = command(base_folder, tmp_path)[:2]  # nothing but where the run is: the rest is in its folder
+    # Nothing but where the run is: the rest is in its folder.
     more = [f"resume={run_dir}", f"steps={done + 2}", "algorithm.alpha=0.5"]
-    assert start([*arguments, *more], log).wait(timeout=100) == 0, log.read_text()
+    assert nursery().start(more, log).wait(timeout=100) == 0, log.read_text()
     assert "changed for the rest of the run: algorithm.alpha: 1.5 → 0.5" in log.read_text()
     assert json.loads((run_dir / "summary.json").read_text())["versions"] == done + 3
     assert "alpha: 0.5" in (run_dir / "config.yaml").read_text()
@@ -67,10 +67,7 @@ def test_what_a_resumed_run_cannot_change_is_one_line(
     tokenizer.save_pretrained(other)
     run_dir = interrupt(base_folder, tmp_path, 0.0)
     log = tmp_path / "again"
-    arguments = command(base_folder, tmp_path)[:2]
-    assert start([*arguments, f"resume={run_dir}", override.format(other=other)], log).wait(timeout=200) == 2, (
-        log.read_text()
-    )
+    assert nursery().start([f"resume={run_dir}", override.format(other=other)], log).wait(200) == 2, log.read_text()
     last = log.read_text().strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert says in last

@@ -5,14 +5,14 @@ import itertools
 import random
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import tiny_overrides
 from guessing_policy import guessing_overrides, make_guessing_policy
-from running import FEW_PROBLEMS, Nursery, assert_same_end, command, newest_run
+from running import FEW_PROBLEMS, assert_same_end, command, newest_run, nursery
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -135,16 +135,10 @@ def test_what_an_exact_resume_is_not_possible_for_goes_on_with_the_responses(
     assert tickets["charged"] == tickets["committed"] + tickets["refunded"] + tickets["outstanding"]
 
 
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as runs:
-        yield runs
-
-
-def test_kill_9_ctrl_c_and_sigterm_one_after_the_other(base_folder: Path, tmp_path: Path, nursery: Nursery) -> None:
+def test_kill_9_ctrl_c_and_sigterm_one_after_the_other(base_folder: Path, tmp_path: Path) -> None:
     """The undisturbed run writes no checkpoint on its way, the other one after every batch."""
     settings = (*STALE, "steps=8", "evaluation.every=4")
-    reference = nursery.start(
+    reference = nursery().start(
         command(base_folder, tmp_path / "reference", *settings, "checkpoint.every=0")[2:], tmp_path / "reference.log"
     )
     runs_dir, log = tmp_path / "disturbed", tmp_path / "log"
@@ -160,7 +154,7 @@ def test_kill_9_ctrl_c_and_sigterm_one_after_the_other(base_folder: Path, tmp_pa
         (signal.SIGINT, 130, 3),
         (signal.SIGTERM, 130, 5),
     ):
-        run = nursery.start(arguments, log)
+        run = nursery().start(arguments, log)
         while not checkpoint_reached(reached):
             assert run.poll() is None, log.read_text()
             time.sleep(0.001)
@@ -169,7 +163,7 @@ def test_kill_9_ctrl_c_and_sigterm_one_after_the_other(base_folder: Path, tmp_pa
         assert "Traceback" not in log.read_text()
     run_dir = newest_run(runs_dir)
     assert list_checkpoints(run_dir)
-    assert nursery.start(arguments, log).wait(100) == 0, log.read_text()
+    assert nursery().start(arguments, log).wait(100) == 0, log.read_text()
     assert newest_run(runs_dir) == run_dir and f"resumed from {run_dir}/checkpoints/step_" in log.read_text()
     assert_same_end(run_dir, newest_run(tmp_path / "reference"))
     for one, other in zip(read_flow(run_dir), read_flow(newest_run(tmp_path / "reference")), strict=True):

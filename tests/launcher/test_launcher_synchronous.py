@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_overrides
+from running import FEW_PROBLEMS
 from safetensors.torch import load_file
 
 from vapo_async.build import (
@@ -16,7 +18,14 @@ from vapo_async.build import (
 )
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
-from vapo_async.config import Config, FolderModelConfig, KVCacheOnUpdate, TransformersEngineConfig
+from vapo_async.config import (
+    Config,
+    FolderModelConfig,
+    InlineLauncherConfig,
+    KVCacheOnUpdate,
+    TransformersEngineConfig,
+)
+from vapo_async.config_load import load_config
 from vapo_async.launcher.run import launch
 from vapo_async.metrics.console import Console
 from vapo_async.models.load import load_policy, load_tokenizer
@@ -24,6 +33,11 @@ from vapo_async.prompts.stream import PromptStream
 from vapo_async.prompts.tasks import build_task
 from vapo_async.schema import Ticket, make_trajectory, set_score
 from vapo_async.verifier.scoring import ScoreRequest, TaskVerifier
+
+
+@pytest.fixture
+def tiny_config(base_folder: Path, tmp_path: Path) -> Config:
+    return load_config([*tiny_overrides(base_folder, tmp_path), FEW_PROBLEMS])
 
 
 def synchronous_weights(config: Config) -> dict[str, torch.Tensor]:
@@ -82,8 +96,11 @@ def with_staleness(config: Config, max_staleness: int, seed: int = 0) -> Config:
     return dataclasses.replace(config, buffer=buffer, seed=seed)
 
 
-def test_no_staleness_equals_a_synchronous_loop_bit_for_bit(tiny_config: Config) -> None:
+@pytest.mark.parametrize("overlap_steps", [0, 5])
+def test_no_staleness_equals_a_synchronous_loop_bit_for_bit(tiny_config: Config, overlap_steps: int) -> None:
+    """Whatever could be generated while a batch is learned: nothing may be."""
     config = with_staleness(tiny_config, 0)
+    config = dataclasses.replace(config, launcher=InlineLauncherConfig(overlap_steps=overlap_steps))
     expected, found = synchronous_weights(config), trained_weights(config)
     assert expected.keys() == found.keys()
     base = load_file(Path(config.model.path) / "model.safetensors")  # type: ignore[attr-defined]

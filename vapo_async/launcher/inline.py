@@ -28,7 +28,6 @@ from vapo_async.build import (
 )
 from vapo_async.config import Config, InlineLauncherConfig
 from vapo_async.config_load import to_dict
-from vapo_async.flow import STRAGGLER
 from vapo_async.interrupts import Stop
 from vapo_async.launcher.preflight import replayed_turns
 from vapo_async.launcher.schedule import Schedule
@@ -101,7 +100,8 @@ class InlineStages:
     def publish(self, policy_changed: bool) -> int:
         version = self.flow.published + 1
         self.collector.load_weights(version, published_tensors(self.learner.policy) if policy_changed else None)
-        assert self.flow.publish() == version
+        published = self.flow.publish()
+        assert published == version, "nobody else publishes"
         self._schedule.published(version)
         return version
 
@@ -200,12 +200,12 @@ class InlineStages:
             if ticket_id is not None:
                 if ticket_id not in self.collector.tickets:
                     raise self._schedule.not_running(ticket_id)
-                self.flow.refund(ticket_id, STRAGGLER)
+                self.flow.drop(ticket_id)
         else:
             overdue = self.flow.drop_overdue(time.monotonic())
             ticket_id = None if overdue is None else overdue[0]
         if ticket_id is None:
             return False
-        self.flow.dropped(self.collector.cancel(ticket_id))
+        self.flow.dropped(ticket_id, self.collector.cancel(ticket_id))
         self._schedule.dropped(ticket_id)
         return True

@@ -55,6 +55,7 @@ class FlowActor:
         async with self._changed:
             while not (assignments := self._flow.admit(most, owner)) and not self._over_for(owner):
                 await self._changed.wait()
+            self._changed.notify_all()  # with the last place taken, somebody may be a straggler
             return assignments
 
     async def commit(self, ticket_id: int, group: TensorDictBase, owner: str, progress: Progress) -> None:
@@ -81,9 +82,9 @@ class FlowActor:
                 await self._changed.wait()
             return cancelled
 
-    async def dropped(self, lengths: Sequence[int]) -> None:
+    async def dropped(self, ticket_id: int, lengths: Sequence[int]) -> None:
         """Tokens of each response of a group that was cancelled."""
-        self._flow.dropped(lengths)
+        self._flow.dropped(ticket_id, lengths)
 
     async def take(self) -> tuple[Any, list[int], int, list[int], list[int]] | None:
         """Waits for a batch: a reference to its trajectories, then the rest of a ``TakenBatch``. None once closed.

@@ -150,7 +150,7 @@ class RolloutActor:
         self._pull_weights()
         for assignment in assignments:
             if assignment.ticket.ticket_id in self._cancelled:
-                self._drop([len(response.token_ids) for response in assignment.carried])
+                self._drop(assignment.ticket.ticket_id, [len(response.token_ids) for response in assignment.carried])
             else:
                 self._collector.start(assignment.ticket, assignment.prompt, assignment.carried)
 
@@ -165,13 +165,13 @@ class RolloutActor:
         """A group that is finished goes its way: the flow knows that it comes too late."""
         for ticket_id in ticket_ids:
             if ticket_id in self._collector.tickets:
-                self._drop(self._collector.cancel(ticket_id))
+                self._drop(ticket_id, self._collector.cancel(ticket_id))
             else:
                 self._cancelled.add(ticket_id)
         self._request("cancellations", self._flow.cancellations.remote(self._owner))
 
-    def _drop(self, lengths: list[int]) -> None:
-        self._request("told", self._flow.dropped.remote(lengths))
+    def _drop(self, ticket_id: int, lengths: list[int]) -> None:
+        self._request("told", self._flow.dropped.remote(ticket_id, lengths))
 
     def _partial_groups(self) -> dict[int, list[Response]]:
         finished = {ticket_id: _responses(group) for ticket_id, (group, _) in self._unconfirmed.items()}

@@ -33,10 +33,8 @@ class Services:
 
     def watch(self, name: str, actor: Any, restartable: bool) -> None:
         """Until the run ends. A call that is not repeated fails with the process that it was for."""
-        ended = partial(self._on_end, name, actor, restartable)
-        # Ray's proxy of an async actor's method has no limit of repetitions to lift.
-        alive = actor.alive.options(max_task_retries=0) if restartable else actor.alive
-        self._inbox.watch(alive.remote(), ended)
+        alive = actor.alive.options(max_task_retries=0).remote()
+        self._inbox.watch(alive, partial(self._on_end, name, actor, restartable))
 
     def away(self, name: str) -> bool:
         """Whether the stage died and is not back yet."""

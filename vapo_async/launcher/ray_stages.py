@@ -44,7 +44,7 @@ class RayStages:
         config: Config,
         launcher: RayLauncherConfig,
         base: BaseModel,
-        note: Callable[[str], None] = lambda text: None,
+        note: Callable[[str], None],
     ) -> None:
         self._config, self._launcher, self._base = config, launcher, base
         self._inbox = Inbox()
@@ -63,14 +63,12 @@ class RayStages:
         try:
             check_resources(needed)
             deadline = time.monotonic() + launcher.start_timeout_s
-            watched, again = (
-                {"concurrency_groups": GROUPS},
-                {"max_restarts": launcher.max_restarts, "max_task_retries": -1},
-            )
+            watched: dict[str, Any] = {"concurrency_groups": GROUPS}
+            again = watched | {"max_restarts": launcher.max_restarts, "max_task_retries": -1}
             self._flow = self._start(FlowActor, Resources(), config, base)
-            self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **watched, **again)
+            self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
             self._learner = self._start(LearnerActor, learner, config, base, **watched)
-            self._evaluator = self._start(EvaluatorActor, evaluator, config, base, **watched, **again)
+            self._evaluator = self._start(EvaluatorActor, evaluator, config, base, **again)
             told = (self._fail, note)
             self._workers = RolloutWorkers(config, launcher, self._inbox, self._flow, self._spawn, *told)
             self._services = Services(self._inbox, launcher.max_restarts, *told)

@@ -247,7 +247,7 @@ class RolloutWorkers:
             )
             return
         self.workers[worker.index] = self._start(worker.index)
-        self._note(f"{worker.owner} is replaced ({deaths} of {allowed} replacements): {why}")
+        self._note(f"{STAGE} {worker.index} is replaced ({deaths} of {allowed} replacements): {why}")
 
     def _ask(self, ask: Callable[[Worker], Any], take: Callable[[Worker, Any], None], until: float) -> list[Worker]:
         """Asks everybody who has begun, waits for those that live. Returns who is alive and did not answer in time."""

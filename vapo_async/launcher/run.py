@@ -2,12 +2,12 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from vapo_async.build import BaseModel, build_heldout
 from vapo_async.checkpoint import find_resume, newest_whole
-from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
+from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig, RunError
 from vapo_async.config_load import save_config
 from vapo_async.config_saved import CONFIG_FILE
 from vapo_async.launcher.inline import InlineStages
@@ -17,7 +17,7 @@ from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import check_loggers
 from vapo_async.metrics.summary import Summary
 from vapo_async.models.load import check_loadable, check_model_folder, ensure_model, ensure_tokenizer, load_tokenizer
-from vapo_async.pipeline import train
+from vapo_async.pipeline import DISK_ERRORS, train
 from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.stages import Stages
 
@@ -27,6 +27,7 @@ def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> t
 
     Raises:
         ConfigError: something that the user can mend.
+        RunError: a stage failed or the disk is full.
     """
     preflight(config)
     check_loggers(config.logging)
@@ -39,7 +40,7 @@ def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> t
     resumed = find_resume(config.resume, Path(config.runs_dir), config.name, console.note)
     checkpoint = None if resumed is None else newest_whole(resumed, console.note)
     console.note("starting the stages")
-    stages = build_stages(config, base)
+    stages = build_stages(config, base, console.note)
     logs = None
     try:  # the folder comes last: what fails before leaves none behind
         run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
@@ -49,6 +50,10 @@ def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> t
         if isinstance(stages, InlineStages):
             stages.record(run_dir / SCHEDULE_FILE)
         return train(config, stages, run_dir, console, resumed=checkpoint), run_dir
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise RunError(f"the run folder cannot be written to: {error.strerror}; make room, resume=auto") from error
     finally:
         stages.shutdown(logs)
 
@@ -61,15 +66,15 @@ def check_base(config: Config, base: BaseModel, task: Task) -> None:
         check_loadable(check_model_folder(Path(config.model.critic_path)))
 
 
-def build_stages(config: Config, base: BaseModel) -> Stages:
-    """The stages where ``launcher=`` puts them."""
+def build_stages(config: Config, base: BaseModel, note: Callable[[str], None]) -> Stages:
+    """The stages where ``launcher=`` puts them; ``note`` is told what is worth a line."""
     match config.launcher:
         case InlineLauncherConfig():
             return InlineStages(config, base)
         case RayLauncherConfig() as launcher:
             from vapo_async.launcher.ray_stages import RayStages  # importing ray takes a second
 
-            return RayStages(config, launcher, base)
+            return RayStages(config, launcher, base, note)
     raise TypeError(f"no launcher for {type(config.launcher).__name__}")
 
 
