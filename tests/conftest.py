@@ -79,7 +79,6 @@ def tiny_overrides(base_folder: Path, runs_dir: Path) -> list[str]:
         "algorithm.value_pretraining_steps=1",
         "task.max_response_tokens=12",
         "task.heldout_problems=8",
-        "task.train_problems=400",
         "engine.max_slots=6",
         "evaluation.problems=4",
         "evaluation.samples=2",

@@ -213,3 +213,19 @@ def test_what_resume_finds(tmp_path: Path) -> None:
         find_resume(str(empty), tmp_path, "train")
     with pytest.raises(ConfigError, match="no such folder"):
         find_resume(str(tmp_path / "nowhere"), tmp_path, "train")
+
+
+def test_what_a_resume_undid_is_not_kept_in_place_of_what_was_written(tmp_path: Path) -> None:
+    for step in (9, 10, 20):
+        write_checkpoint(tmp_path, step, 3, write)
+    written = write_checkpoint(tmp_path, 15, 2, write)  # resumed from 10, as 20 was broken
+    assert list_checkpoints(tmp_path) == [tmp_path / "checkpoints" / "step_000010", written]
+
+
+def test_checkpoints_are_in_order_of_their_numbers(tmp_path: Path) -> None:
+    for step in (999_999, 1_000_000):
+        write_checkpoint(tmp_path, step, 2, write)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step_999999", "step_1000000"]
+    for run in ("2026-01-01_00-00-00_2", "2026-01-01_00-00-00_10", "2026-01-01_00-00-00"):
+        write_checkpoint(tmp_path / "train" / run, 1, 1, write)
+    assert find_resume("auto", tmp_path, "train") == tmp_path / "train" / "2026-01-01_00-00-00_10"

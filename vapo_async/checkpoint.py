@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -46,7 +47,8 @@ def write_checkpoint(run_dir: Path, step: int, keep: int, write: Callable[[Path]
         else:
             _remove(final)
         partial.rename(final)
-        _fsync(root)
+        for folder in (root, run_dir, run_dir.parent):
+            _fsync(folder)
     except (OSError, SafetensorError) as error:
         # An error of another process ends with the line that counts.
         reason = (str(error).strip() or type(error).__name__).rpartition("\n")[2]
@@ -56,7 +58,8 @@ def write_checkpoint(run_dir: Path, step: int, keep: int, write: Callable[[Path]
     finally:
         _remove(partial)
     _remove(replaced)
-    kept = list_checkpoints(run_dir)[-keep:]
+    # Newer ones were undone by a resume from an older one.
+    kept = [path for path in list_checkpoints(run_dir) if _order(path) <= _order(final)][-keep:]
     for leftover in {*root.glob("step_*"), *root.glob(".step_*.partial")} - {*kept}:  # those of killed runs too
         _remove(leftover)
     return final
@@ -64,7 +67,7 @@ def write_checkpoint(run_dir: Path, step: int, keep: int, write: Callable[[Path]
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Checkpoints of a run that were written to their end, oldest first. Looks at no content."""
-    found = (run_dir / CHECKPOINTS).glob("step_*")
+    found = (run_dir / CHECKPOINTS).glob("step_[0-9]*")
     return sorted((path for path in found if (path / COMPLETE).exists()), key=_order)
 
 
@@ -118,7 +121,7 @@ def find_resume(resume: str, runs_dir: Path, name: str, note: Callable[[str], No
     if resume == "never":
         return None
     if resume == "auto":
-        for run_dir in sorted((runs_dir / name).glob("*"), reverse=True):
+        for run_dir in sorted((runs_dir / name).glob("*"), key=_natural, reverse=True):
             faults = {checkpoint.name: fault(checkpoint) for checkpoint in reversed(list_checkpoints(run_dir))}
             if None in faults.values():
                 return run_dir
@@ -137,9 +140,14 @@ def find_resume(resume: str, runs_dir: Path, name: str, note: Callable[[str], No
     return run_dir
 
 
-def _order(checkpoint: Path) -> tuple[str, bool]:
+def _order(checkpoint: Path) -> tuple[int, bool]:
     name = checkpoint.name
-    return name.removesuffix(_REPLACED), not name.endswith(_REPLACED)
+    return int(name.removesuffix(_REPLACED).removeprefix("step_")), not name.endswith(_REPLACED)
+
+
+def _natural(path: Path) -> list[str | int]:
+    """Sorts …_2 before …_10."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _seal(folder: Path) -> None:

@@ -77,7 +77,9 @@ def save_config(config: Config, path: Path, overrides: Sequence[str] = ()) -> No
     schemas = {group: _schema_name(group, getattr(config, group)) for group in GROUPS}
     body = OmegaConf.to_yaml(OmegaConf.create({"schemas": schemas, **to_dict(config)}))
     command = f"# overrides: {' '.join(overrides) or '(none)'}\n"
-    path.write_text("# The resolved configuration of this run.\n" + command + body, encoding="utf-8")
+    draft = path.with_name(f".{path.name}.partial")  # a kill or a full disk leaves the old one whole
+    draft.write_text("# The resolved configuration of this run.\n" + command + body, encoding="utf-8")
+    draft.replace(path)
 
 
 def read_config(path: Path) -> Config:

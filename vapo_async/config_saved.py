@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from vapo_async.config import GROUPS, OVERLAYS, Config
+from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError
 from vapo_async.config_load import default_config_dir, flatten, load_config, read_config, save_config
 
 CONFIG_FILE = "config.yaml"
@@ -39,6 +39,12 @@ def resumed_config(run_dir: Path, overrides: Sequence[str]) -> tuple[Config, lis
     saved = read_config(run_dir / CONFIG_FILE)
     config = lay_over(saved, overrides)
     before, after = flatten(saved), flatten(config)
+    for key in ("task.max_prompt_tokens", "task.max_response_tokens"):
+        if after[key] < before[key]:
+            raise ConfigError(
+                f"{key} must be ≥ {before[key]}, found {after[key]}: a run that goes on has prompts and unfinished "
+                "responses of that length; start a new run to lower it"
+            )
     changed = [
         f"{key}: {before.get(key)} → {after.get(key)}"
         for key in sorted(before.keys() | after.keys())

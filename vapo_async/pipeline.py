@@ -17,12 +17,15 @@ The loop is the same whether the stages share a process (``launcher=inline``) or
 
 import errno
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from vapo_async.buffer import PublicationError
-from vapo_async.checkpoint import CheckpointError, list_checkpoints, write_checkpoint
+from vapo_async.checkpoint import CheckpointError, write_checkpoint
 from vapo_async.config import Config, RunError
+from vapo_async.config_load import save_config
+from vapo_async.config_saved import CONFIG_FILE
 from vapo_async.interrupts import NOW, Interrupts, Stop
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.summary import Summary
@@ -33,8 +36,18 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What a full or a failing disk answers."""
 
 
-def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, resumed: Path | None = None) -> Summary:
+def train(
+    config: Config,
+    stages: Stages,
+    run_dir: Path,
+    console: Console,
+    *,
+    resumed: Path | None = None,
+    overrides: Sequence[str] = (),
+) -> Summary:
     """Runs value pretraining and ``config.steps`` policy updates; goes on from the checkpoint ``resumed``, if any.
+
+    The configuration is written into the run's folder once the checkpoint has taken it; ``overrides`` are noted in it.
 
     A first Ctrl-C or SIGTERM ends it with a checkpoint; the summary's status is then ``interrupted``.
 
@@ -46,7 +59,9 @@ def train(config: Config, stages: Stages, run_dir: Path, console: Console, *, re
         if resumed is not None:
             stages.load(resumed)
             recorder.load(resumed, stages.stats())
+            recorder.checkpoint = resumed
             recorder.note(f"resumed from {resumed}: {recorder.batches} of {_total(config)} batches done")
+        save_config(config, run_dir / CONFIG_FILE, overrides)
         try:
             return _run(config, stages, recorder, run_dir, interrupts)
         except (RunError, OSError) as error:
@@ -77,7 +92,8 @@ def _run(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, inte
     while stages.evaluations_running and not interrupts():
         _evaluations(stages, recorder, interrupts)
     _evaluations(stages, recorder, NOW)
-    return recorder.finish(stages.stats(), list_checkpoints(run_dir)[-1], interrupted=interrupted)
+    assert recorder.checkpoint is not None, "the last batch was saved"
+    return recorder.finish(stages.stats(), recorder.checkpoint, interrupted=interrupted)
 
 
 def _batches(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, stop: Stop) -> None:
@@ -123,7 +139,7 @@ def _save(config: Config, stages: Stages, recorder: Recorder, run_dir: Path) -> 
             stats = None
         recorder.save(folder, stats)
 
-    write_checkpoint(run_dir, recorder.batches, config.checkpoint.keep, write)
+    recorder.checkpoint = write_checkpoint(run_dir, recorder.batches, config.checkpoint.keep, write)
     recorder.saved_at = recorder.batches
 
 
@@ -134,5 +150,5 @@ def _rescue(config: Config, stages: Stages, recorder: Recorder, run_dir: Path, e
             _save(config, stages, recorder, run_dir)
     except (RunError, PublicationError) as failure:
         recorder.note(f"no checkpoint of the last batches: {failure}")
-    saved = list_checkpoints(run_dir)
-    recorder.note(f"resume=auto goes on from {saved[-1]}" if saved else "the run leaves no checkpoint")
+    saved = recorder.checkpoint
+    recorder.note("the run leaves no checkpoint" if saved is None else f"resume=auto goes on from {saved}")

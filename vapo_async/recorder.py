@@ -53,6 +53,8 @@ class Recorder:
         self._last = FlowStats(0, 0.0, 1)  # of this process: what it counts starts anew with each part of a run
         self.saved_at = -1
         """Batches that the newest checkpoint holds."""
+        self.checkpoint: Path | None = None
+        """The newest one of the history that this run goes on."""
 
     def __enter__(self) -> Self:
         return self
@@ -100,7 +102,7 @@ class Recorder:
             names.PUBLICATION_S: times.published_s,
         }
         self.flow.seconds = plus(self.flow.seconds, turn)
-        recent, self._row = self.flow.since(self._row), self.flow.copy()
+        recent = self.flow.since(self._row)
         step = self.batches - self._pretraining
         shown = {
             names.AGE_MIN: min(batch.ages),
@@ -115,6 +117,7 @@ class Recorder:
         self._log.log(step, result.metrics | shown | recent.seconds | _lengths(recent) | self._counters(stats))
         outstanding = stats.flow.tickets.get("outstanding", 0)
         self._ledger.write(totals.versions, step, batch.tickets, batch.group_ids, batch.ages, outstanding, recent)
+        self._row = self.flow.copy()  # not before it is written: a full disk must not cost a row
         self._show(step, result, shown)
 
     def evaluation(self, result: EvaluationResult) -> None:

@@ -137,8 +137,13 @@ class Scorer(Protocol):
 
 
 def verifier_counters(verifier: TaskVerifier) -> dict[str, int]:
-    """Answers judged so far, and those that cost the judge's process its time or its life."""
-    return {"scored": verifier.scored, "timeouts": verifier.timeouts, "crashes": verifier.crashes}
+    """Answers judged so far; of them those that cost the judge its time or its life, or tried what is forbidden."""
+    return {
+        "scored": verifier.scored,
+        "timeouts": verifier.timeouts,
+        "crashes": verifier.crashes,
+        "forbidden": verifier.forbidden,
+    }
 
 
 def score_requests(finished: FinishedGroup) -> list[ScoreRequest]:

@@ -55,8 +55,9 @@ def test_resume_takes_the_runs_own_settings_and_says_what_changes(base_folder: P
     ("override", "says"),
     [
         ("algorithm.groups_per_batch=3", "groups_per_batch"),
-        ("seed=5", "the checkpoint has seed="),
+        ("seed=5", "written with another seed"),
         ("model.path={other}", "resume with the run's own"),
+        ("task.max_response_tokens=11", "task.max_response_tokens must be ≥ 12, found 11"),
     ],
 )
 def test_what_a_resumed_run_cannot_change_is_one_line(
@@ -66,9 +67,11 @@ def test_what_a_resumed_run_cannot_change_is_one_line(
     tiny_policy(len(tokenizer) + 1).save_pretrained(other)
     tokenizer.save_pretrained(other)
     run_dir = interrupt(base_folder, tmp_path, 0.0)
+    own = (run_dir / "config.yaml").read_text()
     log = tmp_path / "again"
     assert nursery().start([f"resume={run_dir}", override.format(other=other)], log).wait(200) == 2, log.read_text()
     last = log.read_text().strip().splitlines()[-1]
     assert last.startswith("error: ")
     assert says in last
     assert "Traceback" not in log.read_text()
+    assert (run_dir / "config.yaml").read_text() == own, "what was refused is not the run's"

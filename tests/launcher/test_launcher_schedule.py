@@ -144,3 +144,13 @@ def test_a_resumed_schedule_goes_on_in_the_middle_of_a_turn_and_rewrites_its_row
     assert resumed.turn == Turn(2, steps=1, drops=[(1, 17)])
     turns(resumed, 2, 5)
     assert path.read_text() == expected
+
+
+def test_a_torn_schedule_of_its_own_does_not_stop_a_resumed_run(tmp_path: Path) -> None:
+    path = tmp_path / SCHEDULE_FILE
+    path.write_text('{"version": 0, "st')
+    schedule = Schedule(0, 0)
+    schedule.record(path)
+    schedule.start(1)
+    schedule.published(2)
+    assert read_schedule(path) == [Turn(1)]

@@ -10,7 +10,7 @@ import pytest
 
 from vapo_async.config import ConfigError, LoggingConfig
 from vapo_async.metrics.jsonl import JsonLines
-from vapo_async.metrics.loggers import build_logger, check_loggers, read_metrics
+from vapo_async.metrics.loggers import METRICS_FILE, build_logger, check_loggers, read_metrics
 
 
 def test_metrics_rows_are_written_and_merged_by_step(tmp_path: Path) -> None:
@@ -90,3 +90,13 @@ def test_metrics_missing_logger_says_what_to_install(
 def test_metrics_plain_logging_asks_for_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     check_loggers(LoggingConfig())
+
+
+def test_metrics_leave_out_the_policy_steps_that_a_resume_undid(tmp_path: Path) -> None:
+    rows = [{"step": 0, "heldout_accuracy": 0.2}]
+    rows += [{"step": step, "version": step + 2, "reward": float(step)} for step in (-1, 0, 1, 2, 3)]
+    rows += [{"step": 3, "heldout_accuracy": 0.9}, {"step": 1, "version": 3, "reward": 10.0}]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    merged = read_metrics(tmp_path)
+    assert [(row["step"], row["reward"]) for row in merged] == [(-1, -1.0), (0, 0.0), (1, 10.0)]
+    assert merged[1]["heldout_accuracy"] == 0.2 and "heldout_accuracy" not in merged[2]

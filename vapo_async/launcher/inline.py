@@ -100,9 +100,9 @@ class InlineStages:
     def publish(self, policy_changed: bool) -> int:
         version = self.flow.published + 1
         self.collector.load_weights(version, published_tensors(self.learner.policy) if policy_changed else None)
+        self._schedule.published(version)  # may meet a full disk: before the version is counted
         published = self.flow.publish()
         assert published == version, "nobody else publishes"
-        self._schedule.published(version)
         return version
 
     def start_evaluation(self, step: int) -> None:

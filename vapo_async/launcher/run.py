@@ -1,15 +1,15 @@
 """From a checked config to a finished run: base model, stages, run folder, control loop."""
 
+import fcntl
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from vapo_async.build import BaseModel, build_heldout
 from vapo_async.checkpoint import find_resume, newest_whole
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig, RunError
-from vapo_async.config_load import save_config
-from vapo_async.config_saved import CONFIG_FILE
 from vapo_async.launcher.inline import InlineStages
 from vapo_async.launcher.preflight import preflight, unwritable
 from vapo_async.launcher.schedule import SCHEDULE_FILE
@@ -20,6 +20,8 @@ from vapo_async.models.load import check_loadable, check_model_folder, ensure_mo
 from vapo_async.pipeline import DISK_ERRORS, train
 from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.stages import Stages
+
+_LOCK = ".lock"  # in a run's folder
 
 
 def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> tuple[Summary, Path]:
@@ -38,24 +40,51 @@ def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> t
     if task.overlap_removed:
         console.note(f"left out {task.overlap_removed} training problems that are held-out ones too")
     resumed = find_resume(config.resume, Path(config.runs_dir), config.name, console.note)
-    checkpoint = None if resumed is None else newest_whole(resumed, console.note)
-    console.note("starting the stages")
-    stages = build_stages(config, base, console.note)
-    logs = None
-    try:  # the folder comes last: what fails before leaves none behind
-        run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
-        save_config(config, run_dir / CONFIG_FILE, overrides)
-        logs = run_dir / "logs"
-        console.note(f"run folder: {run_dir}")
-        if isinstance(stages, InlineStages):
-            stages.record(run_dir / SCHEDULE_FILE)
-        return train(config, stages, run_dir, console, resumed=checkpoint), run_dir
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        raise RunError(f"the run folder cannot be written to: {error.strerror}; make room, resume=auto") from error
-    finally:
-        stages.shutdown(logs)
+    with ExitStack() as held:
+        if resumed is not None:
+            held.enter_context(exclusive(resumed))
+            _check_replay(config, resumed)
+        checkpoint = None if resumed is None else newest_whole(resumed, console.note)
+        console.note("starting the stages")
+        stages = build_stages(config, base, console.note)
+        logs = None
+        try:  # the folder comes last: what fails before leaves none behind
+            run_dir = resumed or _new_run_dir(Path(config.runs_dir), config.name)
+            if resumed is None:
+                held.enter_context(exclusive(run_dir))
+            logs = run_dir / "logs"
+            console.note(f"run folder: {run_dir}")
+            if isinstance(stages, InlineStages):
+                stages.record(run_dir / SCHEDULE_FILE)
+            return train(config, stages, run_dir, console, resumed=checkpoint, overrides=overrides), run_dir
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise RunError(f"the run folder cannot be written to: {error.strerror}; make room, resume=auto") from error
+        finally:
+            stages.shutdown(logs)
+
+
+@contextmanager
+def exclusive(run_dir: Path) -> Iterator[None]:
+    """Holds a run's folder for this process; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        ConfigError: another process has it.
+    """
+    with (run_dir / _LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"{run_dir} is in use by another process: wait for its end, or stop it") from error
+        yield
+
+
+def _check_replay(config: Config, run_dir: Path) -> None:
+    """A resumed run cuts its own schedule and writes it anew: it cannot be what is replayed."""
+    replay = config.launcher.replay if isinstance(config.launcher, InlineLauncherConfig) else None
+    if replay is not None and Path(replay).resolve() == (run_dir / SCHEDULE_FILE).resolve():
+        raise ConfigError(f"launcher.replay={replay} is the schedule of the run that goes on: give a copy of it")
 
 
 def check_base(config: Config, base: BaseModel, task: Task) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vapo_async.config import ConfigError, RunError
+from vapo_async.metrics.jsonl import JsonLines, read_json_lines
 
 SCHEDULE_FILE = "schedule.jsonl"
 """In a run's folder: one row for each version."""
@@ -86,6 +87,7 @@ class Schedule:
         self._random = random.Random(seed)
         self._replay = None if replay is None else {turn.version: turn for turn in replay}
         self._path: Path | None = None
+        self._file: JsonLines | None = None
         self.turn = Turn(0)
         """The one that runs now."""
 
@@ -158,8 +160,9 @@ class Schedule:
     def published(self, version: int) -> None:
         """The turn ended with this version: its row is written."""
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(_row(self.turn))
+            if self._file is None:
+                self._file = JsonLines(self._path)
+            self._file.write(asdict(self.turn))
         self.turn = Turn(version)
 
     def state_dict(self) -> dict[str, Any]:
@@ -177,9 +180,9 @@ class Schedule:
     def _cut(self) -> None:
         if self._path is None or not self._path.exists():
             return
-        kept = [turn for turn in read_schedule(self._path) if turn.version < self.turn.version]
+        kept = {row["version"]: row for row in read_json_lines(self._path) if row["version"] < self.turn.version}
         draft = self._path.with_name(f".{self._path.name}.partial")
-        draft.write_text("".join(_row(turn) for turn in kept), encoding="utf-8")
+        draft.write_text("".join(json.dumps(kept[version]) + "\n" for version in sorted(kept)), encoding="utf-8")
         draft.replace(self._path)
 
     def _expected(self) -> Turn:
@@ -201,7 +204,3 @@ def _turn(row: dict[str, Any]) -> Turn:
     if min(turn.version, turn.steps, turn.overlap) < 0:
         raise ValueError("negative")
     return turn
-
-
-def _row(turn: Turn) -> str:
-    return json.dumps(asdict(turn)) + "\n"

@@ -22,6 +22,7 @@ from torchrl.record.loggers.common import Logger
 from torchrl.record.loggers.csv import CSVLogger
 
 from vapo_async.config import ConfigError, LoggingConfig
+from vapo_async.metrics import names
 from vapo_async.metrics.jsonl import JsonLines, read_json_lines
 
 METRICS_FILE = "metrics.jsonl"
@@ -98,11 +99,16 @@ def check_loggers(config: LoggingConfig) -> None:
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     """The rows of ``metrics.jsonl`` by step.
 
-    Rows of one step are merged, the later one wins: a resumed run repeats some. A last line that was cut by a kill
-    is left out; null is NaN.
+    Rows of one step are merged, the later one wins. A resumed run repeats versions: the policy steps that it undid are
+    left out. So is a last line that was cut by a kill; null is NaN.
     """
     merged: dict[int, dict[str, float]] = {}
+    version = -math.inf
     for row in read_json_lines(run_dir / METRICS_FILE):
+        if (at := row.get(names.VERSION)) is not None:
+            if at <= version:
+                merged = {step: old for step, old in merged.items() if step < max(1, row["step"])}
+            version = at
         floats = {name: math.nan if value is None else value for name, value in row.items()}
         merged.setdefault(row["step"], {}).update(floats)
     return [merged[step] for step in sorted(merged)]

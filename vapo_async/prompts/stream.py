@@ -79,12 +79,15 @@ class PromptStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up where ``state_dict`` was called; refuses the state of other training data or another seed."""
-        for key, mine in (("seed", self._seed), ("problems", len(self._order))):
-            if state[key] != mine:
-                raise ConfigError(
-                    f"cannot resume the prompt stream: the checkpoint has {key}={state[key]}, this run {mine}; "
-                    "resume with the task and seed that the run was started with"
-                )
+        if state["seed"] != self._seed:
+            raise ConfigError(
+                "the checkpoint was written with another seed: leave `seed` out to go on with the run's own"
+            )
+        if state["problems"] != len(self._order):
+            raise ConfigError(
+                f"the checkpoint was written with {state['problems']:,} training problems, this run has "
+                f"{len(self._order):,}: resume with the task that the run was started with"
+            )
         self._epoch, self._position = state["epoch"], state["position"]
         self._next_group_id = state["next_group_id"]
         self._too_long = set(state["too_long"])
