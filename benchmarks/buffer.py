@@ -10,10 +10,7 @@ of their own. B = 16; one thread of torch. Times are the process's CPU time, med
 *Operations* are those of a buffer that holds 1,000 groups; a take has 16 groups, a state goes through its two files.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -25,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
+from bench import announce, command_line, environment, parse
 from tensordict import LazyStackedTensorDict, TensorDict
 
 from vapo_async.buffer import Batch, RolloutBuffer
@@ -235,29 +233,13 @@ def print_tables(rows: list[Row], rates: dict[str, float], held: int) -> None:
         print(f"{name:<22}" + (f"{rate:>12,.0f}" if rate >= 10 else f"{rate:>12.2f}"))
 
 
-def environment() -> dict[str, object]:
-    """What the numbers depend on."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Runs it, prints the tables and whether each bound holds, writes rows. 1 if one does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="a minimal setting, to see whether it runs")
-    options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
+    parser = command_line(__doc__)
+    options = parse(parser, arguments)
     torch.set_num_threads(1)
     before = environment()
-    print(" · ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    announce(before)
     sizes, held, turns = (QUICK, 2 * B, QUICK_TURNS) if options.quick else (FULL, HELD_FOR_OPERATIONS, TURNS)
     rows = rows_of("passed", sizes, turns) + rows_of("held", sizes, turns)
     rates = operations(held, turns)

@@ -14,10 +14,7 @@ on twice, and no group was older than allowed.
 The moments are drawn from ``--seed``; what they hit is up to the machine. The model is random and tiny.
 """
 
-import argparse
 import json
-import os
-import platform
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from bench import announce, command_line, environment, parse
 from killing.inline_run import inline
 from killing.ray_run import ray
 from killing.runs import Report, make_model
@@ -32,28 +30,15 @@ from killing.runs import Report, make_model
 LAUNCHERS: dict[str, Callable[[Path, int, int], Report]] = {"inline": inline, "ray": ray}
 
 
-def environment() -> dict[str, object]:
-    """What the moments depend on."""
-    return {
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Exit code: 0 all holds, 1 something does not."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, quick=False)
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="of each launcher's run")
     parser.add_argument("--only", choices=tuple(LAUNCHERS), help="one launcher")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers there")
-    options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
+    options = parse(parser, arguments)
     before = environment()
-    print(" · ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    announce(before)
     reports: list[Report] = []
     with tempfile.TemporaryDirectory(prefix="vapo-async-chaos-") as name:
         scratch = Path(name)

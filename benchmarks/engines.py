@@ -10,22 +10,19 @@ tokens that were asked for count: ``generate`` runs a batch until its longest re
 within each repeat; the table shows medians. CPU-seconds are the process's own, which a busy machine disturbs less.
 """
 
-import argparse
 import contextlib
 import json
 import logging
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import transformers
+from bench import announce, command_line, environment, parse
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
@@ -297,33 +294,16 @@ def print_tables(speeds: list[SpeedRow], stalls: list[StallRow]) -> None:
         print(f"{head:<35}{stall.kv_cache:<12}{stall.tokens_in_flight:>16,}{values}")
 
 
-def environment() -> dict[str, object]:
-    """What the numbers depend on."""
-    return {
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Runs it, prints tables, writes rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="a minimal setting, to see whether it runs")
+    parser = command_line(__doc__)
     parser.add_argument("--smollm2", action="store_true", help="SmolLM2-135M too, at small counts (many minutes)")
-    options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
+    options = parse(parser, arguments)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    before = environment()
-    print(" · ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    before = environment(transformers=transformers.__version__)
+    announce(before)
     models = {"tiny": (new_model(EmbeddedModelConfig()).eval(), QUICK if options.quick else FULL)}
     if options.smollm2:
         folder = ensure_smollm2(SmolLM2ModelConfig(), print)
@@ -335,7 +315,10 @@ def main(arguments: list[str]) -> int:
         stalls += stall_rows(name, model, sizes)
     print_tables(speeds, stalls)
     if options.json is not None:
-        environments = {"environment": before, "load_average_after": environment()["load_average"]}
+        environments = {
+            "environment": before,
+            "load_average_after": environment()["load_average"],
+        }
         rows = {"speed": [asdict(row) for row in speeds], "weight_update": [asdict(row) for row in stalls]}
         options.json.write_text(json.dumps({**environments, **rows}, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -13,10 +13,7 @@ vectorised form), memory the peak above the inputs in the first call, error the 
 float64, by that one's largest result.
 """
 
-import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -26,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from bench import announce, command_line, environment, parse
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives.value.functional import generalized_advantage_estimate, vec_generalized_advantage_estimate
@@ -243,33 +241,17 @@ def print_table(rows: list[Row]) -> None:
         print(f"{f'B {row.rows} × T {row.tokens}  {row.contestant}':<32}" + "".join(f"{text:>14}" for text in texts))
 
 
-def environment() -> dict[str, object]:
-    """What the numbers depend on."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Runs it, prints the table and whether each bound holds, writes rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="a minimal setting, to see whether it runs")
+    parser = command_line(__doc__)
     parser.add_argument("--measure", nargs=3, metavar=("WHAT", "B", "T"), help="one number, as JSON (used by itself)")
-    options = parser.parse_args(arguments)
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
+    options = parse(parser, arguments)
     if options.measure is not None:
         contestant, rows, tokens = options.measure
         print(json.dumps(asdict(measure(contestant, int(rows), int(tokens)))))
         return 0
     before = environment()
-    print(" · ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    announce(before)
     table: list[Row] = []
     found: list[tuple[str, bool]] = []
     for case in QUICK if options.quick else FULL:

@@ -14,8 +14,6 @@ bfloat16 too, where Liger does the work if it can; time is wall time after synch
 
 import argparse
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -26,6 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from bench import announce, command_line, environment, parse
 from torch import Tensor
 
 from vapo_async.objectives.logprobs import token_log_probs
@@ -234,40 +233,23 @@ def log(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def environment() -> dict[str, object]:
-    """What the numbers depend on."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
 def main(arguments: list[str]) -> int:
     """Runs it, prints the table, writes rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
-    parser.add_argument("--quick", action="store_true", help="a minimal size, to see whether it runs")
+    parser = command_line(__doc__)
     parser.add_argument("--repeats", type=int, default=3, help="of every contestant (default: 3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (default: its own)")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.peak_of is not None:
         task = json.loads(options.peak_of)
         torch.set_num_threads(task["threads"])
         print(measure_peak(task["contestant"], Case(**task["case"])))
         return 0
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: no folder {options.json.parent}")
     if options.repeats < 1 or options.threads < 1:
         parser.error("--repeats and --threads must be at least 1")
     torch.set_num_threads(options.threads)
-    before = environment()
-    print(" · ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    before = environment(device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    announce(before)
     kinds = [("float32", "cuda"), ("bfloat16", "cuda")] if torch.cuda.is_available() else [("float32", "cpu")]
     rows: list[Row] = []
     for size in (QUICK,) if options.quick else (SMALL, FULL):

@@ -17,14 +17,13 @@ Exit code 1 where a demand fails.
 
 import argparse
 import json
-import os
-import platform
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
+from bench import announce, command_line, environment, parse
 from simulation import demands, sweep, tails
 from simulation.cluster import Cluster, read_cluster
 from simulation.demands import Check
@@ -120,33 +119,16 @@ def run_sweep(cluster: Cluster, sizes: Sizes, png: Path | None) -> dict[str, obj
     }
 
 
-def environment() -> dict[str, object]:
-    """What the time of the run depends on; the numbers do not."""
-    return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": f"{platform.system()} {platform.machine()}",
-        "cores": os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 1),
-    }
-
-
-def parse(arguments: list[str]) -> argparse.Namespace:
+def options_of(arguments: list[str]) -> argparse.Namespace:
     """Options; ``cluster=FILE`` is ``--cluster FILE``."""
     arguments = [part for text in arguments for part in _option(text)]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows there")
+    parser = command_line(__doc__)
     parser.add_argument("--png", type=Path, metavar="FILE", help="draw the (S, L) plane of the cluster there")
     parser.add_argument("--cluster", type=Path, metavar="FILE", help="a cluster's YAML; leaves the demands out")
     parser.add_argument("--seeds", type=int, metavar="N", help="runs of each S and L of the cluster (default: 3)")
-    parser.add_argument("--quick", action="store_true", help="a minimal setting, to see whether it runs")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments)
     if options.seeds is not None and options.seeds < 1:
         parser.error(f"--seeds is {options.seeds}, expected at least 1")
-    for name in ("json", "png"):
-        path = getattr(options, name)
-        if path is not None and not path.absolute().parent.is_dir():
-            parser.error(f"--{name}: no folder {path.parent}")
     return options
 
 
@@ -156,7 +138,7 @@ def _option(text: str) -> list[str]:
 
 def main(arguments: list[str]) -> int:
     """Runs it, prints tables and whether each demand holds, writes rows and picture."""
-    options = parse(arguments)
+    options = options_of(arguments)
     try:
         cluster = read_cluster(options.cluster or DEFAULT_CLUSTER)
     except ConfigError as error:
@@ -165,7 +147,7 @@ def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     before, started, sizes = environment(), time.perf_counter(), QUICK if options.quick else FULL
     sizes = sizes if options.seeds is None else replace(sizes, sweep_seeds=options.seeds)
-    print(" · ".join(f"{key} {value}" for key, value in before.items()), flush=True)
+    announce(before)
     rows, checks = ({}, []) if options.cluster else run_demands(sizes)
     plane = run_sweep(cluster, sizes, options.png)
     seconds = time.perf_counter() - started

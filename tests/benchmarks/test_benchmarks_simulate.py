@@ -2,22 +2,18 @@
 
 import json
 import runpy
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import REPOSITORY
-
-from vapo_async.config import ConfigError
-
-sys.path.append(str(REPOSITORY / "benchmarks"))
-
 from simulation import demands, sweep, tails
 from simulation.cluster import Lengths, parse_cluster, read_cluster
 from simulation.lengths import mean_length, sampler
 from simulation.sweep import Pair, pareto, recommend
+
+from vapo_async.config import ConfigError
 
 script = runpy.run_path(str(REPOSITORY / "benchmarks" / "simulate.py"))
 CLUSTERS = sorted((REPOSITORY / "benchmarks" / "clusters").glob("*.yaml"))
