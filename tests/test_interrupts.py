@@ -51,7 +51,7 @@ with Interrupts():
     since = time.monotonic()
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=20) == 130
-    assert time.monotonic() - since < 2
+    assert time.monotonic() - since < 10, "not when the call returns"
 
 
 def test_two_signals_that_python_takes_for_one_are_two(capfd: pytest.CaptureFixture[str]) -> None:

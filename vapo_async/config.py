@@ -399,7 +399,7 @@ class VerifierConfig:
 
     workers: int = 1
     """Worker processes."""
-    timeout_s: float = 5.0
+    timeout_s: float = 2.0
     """Seconds, limit for one answer."""
     memory_mb: int = 2048
     """Address-space limit of a worker, MiB."""

@@ -1,16 +1,26 @@
 """What needs no Ray: the driver's inbox with its deadlines, the watchdog in a process that hangs, counters."""
 
+import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
+import pytest
+from ray.exceptions import OwnerDiedError, RayActorError, RayTaskError
+
+from vapo_async.buffer import PublicationError
+from vapo_async.launcher.ray_calls import answer
+from vapo_async.launcher.ray_cluster import keep_logs
 from vapo_async.launcher.ray_inbox import Inbox
+from vapo_async.launcher.ray_rollout import _told
 from vapo_async.launcher.ray_services import Counters
 from vapo_async.launcher.ray_watchdog import Watchdog
+from vapo_async.stages import StageDiedError
 
 
 class Reference:
@@ -137,3 +147,42 @@ def test_counters_go_on_over_processes() -> None:
     assert counters.total() == {"scored": 15, "crashes": 1}
     counters.seen({"scored": 5, "crashes": 0})
     assert counters.total() == {"scored": 17, "crashes": 1}
+
+
+def failed(error: Exception) -> Future[Any]:
+    future: Future[Any] = Future()
+    future.set_exception(error)
+    return future
+
+
+@pytest.mark.parametrize("cause", [None, ValueError("x")])
+def test_lost_data_is_a_dead_stage(cause: Exception | None) -> None:
+    lost = OwnerDiedError("00" * 28, "", "")
+    error = lost if cause is None else RayTaskError("f", "trace", lost)
+    with pytest.raises(StageDiedError, match=r"^the learner could not get its data.*see the logs$"):
+        answer(failed(error), "the learner", "the logs")
+
+
+def test_a_checkpoint_between_take_and_publish_is_told_in_one_line() -> None:
+    error = RayTaskError("save", "File x\nray::FlowActor.save", PublicationError("save after the publication"))
+    with pytest.raises(PublicationError, match=r"^save after the publication$"):
+        answer(failed(error), "the flow", "the logs")
+
+
+def test_the_death_of_a_stage_travels_on_as_what_can_be_pickled() -> None:
+    told = _told(RayActorError(error_msg="first\nsecond"), "rollout worker 0")
+    again = pickle.loads(pickle.dumps(told))
+    assert type(again) is StageDiedError
+    assert str(again) == "a stage that rollout worker 0 talks to died (first)"
+
+
+def test_logs_that_cannot_be_kept_do_not_hide_why_the_run_ended(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    (source / "worker-1.err").touch()
+    keep_logs(source, target)
+    assert not target.exists()
+    (source / "worker-2.err").write_text("why")
+    keep_logs(source, target)
+    assert [path.name for path in target.iterdir()] == ["worker-2.err"]
+    keep_logs(source, source / "worker-2.err")  # no folder: an OSError

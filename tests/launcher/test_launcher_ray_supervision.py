@@ -14,11 +14,12 @@ import pytest
 from conftest import tiny_overrides
 
 from vapo_async.build import BaseModel
-from vapo_async.config import Config, RayLauncherConfig
+from vapo_async.config import Config, RayLauncherConfig, RunError
 from vapo_async.config_load import load_config
+from vapo_async.interrupts import NOW
 from vapo_async.launcher.ray_stages import RayStages
 from vapo_async.launcher.ray_supervisor import Worker
-from vapo_async.stages import FlowStats, StageDiedError
+from vapo_async.stages import FlowStats, StageDiedError, StageTimeoutError
 from vapo_async.state import read_state
 
 pytestmark = pytest.mark.ray
@@ -166,6 +167,30 @@ def test_killed_verifier_and_evaluator_lose_no_group_and_no_evaluation(harness: 
     assert stats.verifier["scored"] >= 4 * len(harness.trained) - 4 * 2, "the counters go on where they were"
 
 
+def test_an_evaluation_that_fails_is_an_error_of_the_run_and_one_that_hangs_ends_at_its_limit(harness: Harness) -> None:
+    stages = harness.stages
+    ask(stages._evaluator, lambda self: setattr(self._evaluator, "sample", lambda *_: 1 // 0))
+    stages.start_evaluation(0)
+    with pytest.raises(RunError, match=r"^the evaluator: it raised ZeroDivisionError: integer division or modulo") as e:
+        stages.finished_evaluations(Never())
+    assert "\n" not in str(e.value)
+    assert stages.evaluations_running == 0
+    ask(stages._evaluator, lambda self: setattr(self._evaluator, "sample", lambda *_: __import__("time").sleep(3600)))
+    harness.launcher.evaluation_timeout_s = 1
+    stages.start_evaluation(0)
+    harness.launcher.evaluation_timeout_s = 120
+    assert stages.finished_evaluations(NOW) == []
+    assert stages.evaluations_running == 1
+    time.sleep(1)
+    with pytest.raises(StageTimeoutError, match=r"launcher\.evaluation_timeout_s"):
+        stages.finished_evaluations(NOW)
+    assert stages.evaluations_running == 0
+    stages.start_evaluation(harness.stages._version)
+    (evaluation,) = stages.finished_evaluations(Never())
+    assert [len(samples) for samples in evaluation.correct] == [2] * 4, "by a new process, that does not repeat the old"
+    harness.turn_until(lambda: stages._services.restarts["evaluator"] == 2, limit_s=20)
+
+
 def test_a_stopped_worker_is_noticed_and_replaced(harness: Harness) -> None:
     """Its own watchdog is stopped with it."""
     harness.launcher.engine_timeout_s = 3
@@ -174,13 +199,16 @@ def test_a_stopped_worker_is_noticed_and_replaced(harness: Harness) -> None:
     process.suspend()
     start = time.monotonic()
     harness.turn_until(lambda: harness.worker(1) is not dead, limit_s=60)
-    assert 3 <= time.monotonic() - start < 10, "between one and two limits"
+    assert 3 <= time.monotonic() - start < 40, "between one and two limits, and a turn on a busy machine"
     harness.launcher.engine_timeout_s = 60
     harness.turn_until(lambda: harness.worker(1).running)
-    assert harness.notes[-1] == (
-        "rollout worker 1 is replaced (1 of 2 replacements): "
-        "it gave no sign of life for 3 s (launcher.engine_timeout_s)"
+    found = re.fullmatch(
+        r"rollout worker 1 is replaced \(1 of 2 replacements\): "
+        r"it gave no sign of life for (\d+) s \(launcher.engine_timeout_s=3\)",
+        harness.notes[-1],
     )
+    assert found is not None, harness.notes
+    assert 3 <= int(found[1]) <= 40
     assert not process.is_running()
     assert harness.balanced_stats().restarts["rollout worker 1"] == 1
 
@@ -227,6 +255,9 @@ def test_a_replacement_that_does_not_start_counts_as_a_death_and_the_budget_ends
 
 
 def test_after_that_there_still_is_a_whole_checkpoint(harness: Harness, tmp_path: Path) -> None:
+    with pytest.raises(StageDiedError, match="died 3 times"):
+        harness.stages.take(Never())
+    assert harness.stages._take is None, "a batch that comes now would be in no checkpoint"
     harness.stages.save(tmp_path)
     assert (tmp_path / "policy").is_dir()
     assert json.loads((tmp_path / "flow.json").read_text())["buffer"]

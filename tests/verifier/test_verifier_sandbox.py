@@ -13,10 +13,12 @@ import psutil
 import pytest
 
 from vapo_async.verifier import Sandbox, SandboxError, is_equivalent
-from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, EquivalenceJob, Job, Outcome, ReasoningGymJob
+from vapo_async.verifier.jobs import MAX_ANSWER_CHARS, EquivalenceJob, Job, Outcome, ReasoningGymJob, unpack
+from vapo_async.verifier.process import WorkerProcess
 
 RIGHT = Outcome(True)
 HONEST = EquivalenceJob("1/2", r"\frac{x}{2x}")  # needs SymPy
+SLOW = EquivalenceJob(r"\sqrt{\pi}", r"\int_{-\infty}^{\infty} e^{-x^2} dx")  # right, after a second or more
 HANGS = EquivalenceJob("42", r"10^{10^{10}}!")
 
 
@@ -167,7 +169,8 @@ def test_a_worker_killed_from_outside_changes_no_verdict(sandbox: Sandbox) -> No
 
     def kill() -> None:
         while not done.wait(1.5):
-            os.kill(sandbox.pids[0], signal.SIGKILL)
+            if "Seccomp:\t2" in Path(f"/proc/{(pid := sandbox.pids[0])}/status").read_text():  # it judges
+                os.kill(pid, signal.SIGKILL)
 
     killer = threading.Thread(target=kill)
     killer.start()
@@ -177,6 +180,69 @@ def test_a_worker_killed_from_outside_changes_no_verdict(sandbox: Sandbox) -> No
         done.set()
         killer.join()
     assert outcomes == [Outcome(i % 3 != 0) for i in range(1, 1500)]
+
+
+def _stop_the_worker(box: Sandbox, times: int) -> None:
+    for _ in range(times):
+        pid, end = box.pids[0], time.monotonic() + 20
+        while time.monotonic() < end and not _computes(pid):
+            time.sleep(0.02)
+        os.kill(pid, signal.SIGSTOP)
+        while time.monotonic() < end and box.pids[0] == pid:
+            time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor times of a worker are unknown")
+@pytest.mark.parametrize(("stops", "outcome"), [(1, Outcome(True)), (2, Outcome(False, "timeout"))])
+def test_an_answer_whose_worker_was_stopped_is_judged_once_more(stops: int, outcome: Outcome) -> None:
+    with Sandbox(workers=1, timeout_s=3.0, memory_mb=2048) as box:
+        box.run([HONEST])
+        stopper = threading.Thread(target=_stop_the_worker, args=(box, stops))
+        stopper.start()
+        outcomes = box.run([SLOW])
+        stopper.join()
+    assert outcomes == [outcome]
+
+
+def test_an_error_of_a_worker_that_is_ready_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer took the worker over and says what only a worker that loads may say."""
+    receive, lies = WorkerProcess.receive, []
+
+    def lie(self: WorkerProcess) -> list[dict[str, object]] | None:
+        replies = receive(self)
+        if replies and self.ready and len(lies) < 2:
+            lies.append(self.pid)
+            return [{"error": "out of order"}]
+        return replies
+
+    with Sandbox(workers=1, timeout_s=3.0, memory_mb=2048) as box:
+        box.run([HONEST])
+        monkeypatch.setattr(WorkerProcess, "receive", lie)
+        assert box.run([HONEST]) == [Outcome(False, "crashed")]
+        assert box.run([HONEST]) == [RIGHT]
+    assert len(set(lies)) == 2
+
+
+def test_a_deeply_nested_reply_is_garbage() -> None:
+    body = b"[" * 60_000
+    with pytest.raises(ValueError, match="nested"):
+        list(unpack(bytearray(len(body).to_bytes(4, "big") + body), 1 << 16))
+
+
+def test_a_process_that_cannot_be_started_is_one_line(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    sandbox.run([HONEST])
+    with monkeypatch.context() as patch:
+        patch.setattr("vapo_async.verifier.process.subprocess.Popen", refuse)
+        with pytest.raises(SandboxError, match="temporarily unavailable"):
+            Sandbox(workers=2, timeout_s=2.0, memory_mb=2048)
+        for pid in sandbox.pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(SandboxError, match="temporarily unavailable"):
+            sandbox.run([EquivalenceJob("1", "2")] * 8)
+    assert sandbox.run([HONEST] * 8) == [RIGHT] * 8
 
 
 def test_threads_may_share_it(sandbox: Sandbox) -> None:
@@ -194,11 +260,22 @@ def test_threads_may_share_it(sandbox: Sandbox) -> None:
 
 
 def test_throughput(sandbox: Sandbox) -> None:
-    jobs = [EquivalenceJob(f"{i:,}", str(i)) for i in range(2000)]
-    sandbox.run(jobs[:10])
-    start = time.monotonic()
+    """At least 500 answers per second of two workers: by the clock, or by the processor time of both where others
+    compete for the processors.
+    """
+    jobs = [EquivalenceJob(f"{i:,}", str(i)) for i in range(5000)]
+    sandbox.run(jobs[:200])
+    workers = [psutil.Process(pid) for pid in sandbox.pids]
+    before, start = _cpu_s(workers), time.monotonic()
     assert all(outcome.correct for outcome in sandbox.run(jobs))
-    assert len(jobs) / (time.monotonic() - start) > 500  # answers per second
+    took = time.monotonic() - start
+    computed = (_cpu_s(workers) - before) / len(workers)
+    assert len(jobs) / took > 500 or (computed < took / 2 and len(jobs) / computed > 500)
+
+
+def _cpu_s(processes: list[psutil.Process]) -> float:
+    """Their processor seconds so far."""
+    return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
 def test_close_leaves_no_process() -> None:

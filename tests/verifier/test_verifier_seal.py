@@ -3,16 +3,21 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sympy import Float, nsimplify
 
-from vapo_async.verifier.jobs import pack, unpack
+from vapo_async.verifier import Sandbox
+from vapo_async.verifier.jobs import EquivalenceJob, Outcome, pack, unpack
+from vapo_async.verifier.math import equivalent
+from vapo_async.verifier.without_eval import replace_eval
 
 ROOT = Path(__file__).parents[2]
 # Functions, not source text: a sealed process compiles nothing.
 ATTEMPTS = r"""
-import ctypes, os, shutil, signal, socket, subprocess, sys, tempfile, threading
+import ctypes, os, resource, shutil, signal, socket, subprocess, sys, tempfile, threading
 folder = sys.argv[1]
 attempts = {
     "read": lambda: open(folder + "/secret").read(),
@@ -41,10 +46,17 @@ attempts = {
     "exec text": lambda: exec("x = 1"),
     "compile": lambda: compile("1", "", "eval"),
     "import": lambda: __import__("colorsys"),
+    "limits of another": lambda: resource.prlimit(os.getppid(), resource.RLIMIT_CPU),
     "limits": lambda: __import__("resource").setrlimit(__import__("resource").RLIMIT_NOFILE, (64, 64)),
 }
 """
 BY_THE_HOOK = {"ctypes", "eval", "exec text", "compile", "import"}  # what no kernel can see
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Iterator[Sandbox]:
+    with Sandbox(workers=1, timeout_s=5.0, memory_mb=2048) as box:
+        yield box
 
 
 def _python(code: str, *args: str) -> subprocess.CompletedProcess[str]:
@@ -92,6 +104,7 @@ def test_the_filter_of_system_calls_alone_refuses_what_leaves_the_process(tmp_pa
     results = _try_all("seal.filter_system_calls() or os._exit(7)", tmp_path)
     assert {name for name, result in results.items() if result == "done"} <= BY_THE_HOOK - {"import"} | {"limits"}
     assert results["read"] == results["socket"] == results["fork"] == results["kill"] == "PermissionError"
+    assert results["limits of another"] == "PermissionError"
     assert _untouched(tmp_path)
 
 
@@ -161,3 +174,30 @@ worker.main(2048)
     assert replies == expected
     assert worker.returncode == 0
     assert _untouched(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("gold", "pred", "right"),
+    [
+        ("2y=x+2", "y=0.5x+1", True),
+        ("3x+2y=6", "y=3-1.5x", True),
+        ("3x+2y=7", "y=3-1.5x", False),
+        ("0.75x-y=3", "3x-4y=12", True),
+        ("2", r"\sum_{n=0}^\infty \frac1{2^n}", True),
+        ("3", r"\sum_{n=0}^\infty \frac1{2^n}", False),
+        ("e", r"\sum_{n=0}^\infty \frac{1}{n!}", True),
+        (r"\sum_{n=1}^\infty \frac{1}{n^2}", r"\frac{\pi^2}{6}", True),
+        (r"\sum_{n=1}^\infty \frac{1}{n^2}", r"\frac{\pi^2}{7}", False),
+    ],
+)
+def test_the_seal_changes_no_verdict(sandbox: Sandbox, gold: str, pred: str, right: bool) -> None:
+    assert equivalent(gold, pred) == right
+    assert sandbox.run([EquivalenceJob(gold, pred)]) == [Outcome(right)]
+
+
+@pytest.mark.parametrize("value", ["0.75", "1.41421356237310", "2.0", "0.1", "-12.5", "1e-8"])
+def test_decimals_become_the_ratios_that_sympy_finds(value: str) -> None:
+    """With the replacement and, in a fresh process, without."""
+    code = "import sys; from sympy import Float, nsimplify; print(nsimplify(Float(sys.argv[1]), rational=True))"
+    replace_eval()
+    assert str(nsimplify(Float(value), rational=True)) == _python(code, value).stdout.strip()

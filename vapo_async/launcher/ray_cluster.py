@@ -2,8 +2,11 @@
 
 import logging
 import os
+import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray._private import ray_constants
@@ -79,3 +82,18 @@ def _join(address: str, where: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConfigError(f"{where}={address}: could not join this Ray cluster ({reason}); {START_RAY}") from error
+
+
+def local_logs() -> Path:
+    """Where the local Ray's processes write."""
+    context = ray.get_runtime_context()
+    return Path(context.get_temp_dir()) / context.get_session_name() / "logs"
+
+
+def keep_logs(source: Path, target: Path) -> None:
+    """Copies what the actors wrote: one file each for standard output and error, empty ones left out."""
+    with suppress(OSError):  # a full disk, which may be why the run ends
+        for path in source.glob("worker-*"):
+            if path.stat().st_size:
+                target.mkdir(exist_ok=True)
+                shutil.copy(path, target)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
 from torch import Tensor
 
 from vapo_async.build import BaseModel, build_collector
@@ -28,7 +28,7 @@ from vapo_async.schema import (
     Response,
     Score,
 )
-from vapo_async.stages import score_requests, write_scores
+from vapo_async.stages import StageDiedError, score_requests, write_scores
 from vapo_async.weights.mailbox import Mailbox
 
 
@@ -130,6 +130,7 @@ class RolloutActor:
                     self._commit(*message.payload)
                 case "committed":
                     del self._unconfirmed[message.payload]
+                    self._cancelled.discard(message.payload)
                 case "cancellations":
                     if message.payload is None:
                         return None
@@ -137,7 +138,7 @@ class RolloutActor:
                 case "partial_groups":
                     message.answer.set_result(self._partial_groups())
                 case "failed":
-                    return _told(message.payload)
+                    return _told(message.payload, self._owner)
 
     def _step(self) -> None:
         self._watchdog.alive()
@@ -150,6 +151,7 @@ class RolloutActor:
         self._pull_weights()
         for assignment in assignments:
             if assignment.ticket.ticket_id in self._cancelled:
+                self._cancelled.discard(assignment.ticket.ticket_id)
                 self._drop(assignment.ticket.ticket_id, [len(response.token_ids) for response in assignment.carried])
             else:
                 self._collector.start(assignment.ticket, assignment.prompt, assignment.carried)
@@ -198,7 +200,10 @@ class RolloutActor:
             while not self._inbox.empty():
                 message = self._inbox.get()
                 if message.kind == "partial_groups":
-                    message.answer.set_result(self._partial_groups())
+                    try:
+                        message.answer.set_result(self._partial_groups())
+                    except Exception as error:  # noqa: BLE001 (for who asked; ``run`` has a reason of its own)
+                        message.answer.set_exception(error)
 
     def _request(self, kind: str, reference: Any, context: Any = None) -> None:
         """Puts the answer into the inbox when it comes, behind ``context`` or instead of it; an error as ``failed``."""
@@ -234,8 +239,10 @@ def _responses(finished: FinishedGroup) -> list[Response]:
     ]
 
 
-def _told(error: Exception) -> Exception:
-    """An error of another stage in a form that can travel on."""
+def _told(error: Exception, owner: str) -> Exception:
+    """An error of another stage than ``owner`` in a form that can travel on."""
+    if isinstance(error, RayActorError | ObjectLostError):  # Ray's own says no more of whom, and may not be picklable
+        return StageDiedError(f"a stage that {owner} talks to died ({str(error).strip().splitlines()[0]})")
     if not isinstance(error, RayTaskError):
         return error
     if isinstance(error.cause, ConfigError | RunError):

@@ -21,12 +21,19 @@ class Services:
         max_restarts: of each stage without a state; Ray's own limit is the same.
         fail: told once the run cannot go on.
         note: told what is worth a line.
+        logs: where a dead process may have left its reason.
     """
 
     def __init__(
-        self, inbox: Inbox, max_restarts: int, fail: Callable[[BaseException], None], note: Callable[[str], None]
+        self,
+        inbox: Inbox,
+        max_restarts: int,
+        fail: Callable[[BaseException], None],
+        note: Callable[[str], None],
+        logs: str,
     ) -> None:
         self._inbox, self._max_restarts, self._fail, self._note = inbox, max_restarts, fail, note
+        self._logs = logs
         self.restarts: dict[str, int] = {}
         """By stage, of those that died."""
         self._away: set[str] = set()
@@ -54,11 +61,11 @@ class Services:
             self._fail(
                 StageDiedError(
                     f"the {name} died {deaths} times, the last time because {reason(error)}, and "
-                    f"launcher.max_restarts={self._max_restarts} allows no more; see logs/ in the run folder"
+                    f"launcher.max_restarts={self._max_restarts} allows no more; see {self._logs}"
                 )
             )
         else:
-            self._fail(StageDiedError(f"the {name} cannot go on: {reason(error)}; see logs/ in the run folder"))
+            self._fail(StageDiedError(f"the {name} cannot go on: {reason(error)}; see {self._logs}"))
 
 
 class Counters:

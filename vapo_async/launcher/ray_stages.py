@@ -4,20 +4,21 @@ The driver waits on one inbox, whoever it waits for; what happens meanwhile (a d
 handled there. No wait is without a limit of ``launcher``'s.
 """
 
-import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from vapo_async.build import BaseModel
-from vapo_async.config import Config, RayLauncherConfig
+from vapo_async.config import Config, RayLauncherConfig, RunError
 from vapo_async.interrupts import Stop
 from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, LearnerActor, VerifierActor
 from vapo_async.launcher.ray_calls import answer
-from vapo_async.launcher.ray_cluster import Resources, check_resources, start_ray
+from vapo_async.launcher.ray_cluster import Resources, check_resources, keep_logs, local_logs, start_ray
+from vapo_async.launcher.ray_evaluations import Evaluations
 from vapo_async.launcher.ray_flow import FlowActor, Progress
 from vapo_async.launcher.ray_inbox import Call, Inbox
 from vapo_async.launcher.ray_rollout import RolloutActor
@@ -51,7 +52,6 @@ class RayStages:
         self._actors: list[Any] = []
         self._failure: BaseException | None = None
         self._take: Call | None = None
-        self._evaluations: list[tuple[Call, float]] = []  # with the time by which they have to end
         self._version = 0
         self._verdicts = Counters()
         learner = Resources.of(config.learner.threads, config.learner.device, launcher)
@@ -59,7 +59,8 @@ class RayStages:
         self._rollout = Resources.of(launcher.threads_per_worker, config.engine.device, launcher)
         needed = [learner, evaluator, *[self._rollout] * launcher.rollout_workers]
         self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in needed))
-        self._logs = _local_logs() if self._local else None
+        self._logs = local_logs() if self._local else None
+        self._where = "logs/ in the run folder" if self._local else "Ray's logs on its nodes"
         try:
             check_resources(needed)
             deadline = time.monotonic() + launcher.start_timeout_s
@@ -69,7 +70,8 @@ class RayStages:
             self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
             self._learner = self._start(LearnerActor, learner, config, base, **watched)
             self._evaluator = self._start(EvaluatorActor, evaluator, config, base, **again)
-            told = (self._fail, note)
+            self._evaluations = Evaluations(self._inbox, launcher, self._evaluator, self._verifier, self._where)
+            told = (self._fail, note, self._where)
             self._workers = RolloutWorkers(config, launcher, self._inbox, self._flow, self._spawn, *told)
             self._services = Services(self._inbox, launcher.max_restarts, *told)
             self._wait_for_start(deadline)
@@ -79,6 +81,8 @@ class RayStages:
         self._inbox.timers = self._workers
 
     def take(self, stop: Stop) -> TakenBatch | None:
+        if self._failure is not None:
+            raise self._failure
         stop.on_request(self._inbox.wake)
         self._workers.begin()
         if self._take is None:
@@ -86,14 +90,16 @@ class RayStages:
         take, limit = self._take, self._launcher.stage_timeout_s
         if not self._wait(lambda: take.done or self._failure is not None or stop(), limit):
             why = self._get(self._flow.why_waiting.remote(), "the flow", 10)
-            raise StageTimeoutError(
-                f"the learner waited {limit:.0f} s for a batch: {why}; "
-                "raise launcher.stage_timeout_s if the work is that slow"
+            self._fail(
+                StageTimeoutError(
+                    f"the learner waited {limit:.0f} s for a batch: {why}; "
+                    "raise launcher.stage_timeout_s if the work is that slow"
+                )
             )
         if take.done:
             return self._taken()
         if self._failure is not None:
-            raise self._failure
+            return self._last_batch(self._failure)
         return self.stop_taking()
 
     def learn(self, batch: TakenBatch) -> UpdateResult:
@@ -113,35 +119,14 @@ class RayStages:
         return self._version
 
     def start_evaluation(self, step: int) -> None:
-        tensors = self._learner.weights.remote()[1] if step else None
-        deadline = time.monotonic() + self._launcher.evaluation_timeout_s
-        self._evaluations.append(
-            (self._inbox.call(self._evaluator.evaluate.remote(step, tensors, self._verifier)), deadline)
-        )
+        self._evaluations.start(step, self._learner.weights.remote()[1] if step else None)
 
     @property
     def evaluations_running(self) -> int:
-        return len(self._evaluations)
+        return self._evaluations.running
 
     def finished_evaluations(self, stop: Stop) -> list[EvaluationResult]:
-        stop.on_request(self._inbox.wake)
-        finished: list[EvaluationResult] = []
-        while self._evaluations:
-            call, deadline = self._evaluations[0]
-            in_time = self._inbox.wait(lambda: call.done or stop(), deadline)  # noqa: B023 (called here only)
-            if call.future is not None:
-                self._evaluations.pop(0)
-                finished.append(answer(call.future, "the evaluator"))
-            elif in_time:
-                break
-            else:
-                self._evaluations.pop(0)
-                limit = self._launcher.evaluation_timeout_s
-                raise StageTimeoutError(
-                    f"an evaluation took longer than launcher.evaluation_timeout_s={limit:.0f}: "
-                    "raise it, or lower evaluation.problems or evaluation.samples"
-                )
-        return finished
+        return self._evaluations.finished(stop)
 
     def stop_taking(self) -> TakenBatch | None:
         self._workers.close()
@@ -191,7 +176,7 @@ class RayStages:
                 ray.kill(actor)
         ray.shutdown()
         if logs is not None and self._logs is not None:
-            _keep_logs(self._logs, logs)
+            keep_logs(self._logs, logs)
 
     def _start(self, stage: type[Any], resources: Resources, *parts: Any, **options: Any) -> Any:
         """Starts the actor of one stage; Ray counts ``resources`` against what the cluster has."""
@@ -226,7 +211,7 @@ class RayStages:
         in_time = self._inbox.wait(lambda: not missing() or failed(), deadline)
         for name, call in calls.items():
             if call.future is not None:
-                answer(call.future, f"the {name}")
+                answer(call.future, f"the {name}", self._where)
         if self._failure is not None:
             raise self._failure
         if not in_time:
@@ -250,6 +235,18 @@ class RayStages:
         """The run ends with the first failure, once a wait for a batch sees it: what is being learned is finished."""
         self._failure = self._failure or error
 
+    def _last_batch(self, failure: BaseException) -> TakenBatch:
+        """Ends a wait with a failure, and the question for a batch too: a batch that came later were in no checkpoint.
+
+        If it comes just now, the batch is still trained and the next ``take`` raises.
+        """
+        batch = None
+        with suppress(RunError):  # the flow may be what failed
+            batch = self.stop_taking()
+        if batch is None:
+            raise failure
+        return batch
+
     def _taken(self) -> TakenBatch | None:
         assert self._take is not None
         taken = self._result(self._take, "the flow")
@@ -268,23 +265,9 @@ class RayStages:
         self._wait(lambda: call.done, limit)
         if call.future is None:
             raise StageTimeoutError(f"the run waited {limit:.0f} s for {whom} and gave up")
-        return answer(call.future, whom)
+        return answer(call.future, whom, self._where)
 
 
 def _newest(*known: Progress | None) -> Progress:
     """Counters never fall."""
     return max((progress for progress in known if progress is not None), key=lambda p: p.generated_tokens)
-
-
-def _local_logs() -> Path:
-    """Where the local Ray's processes write."""
-    context = ray.get_runtime_context()
-    return Path(context.get_temp_dir()) / context.get_session_name() / "logs"
-
-
-def _keep_logs(source: Path, target: Path) -> None:
-    """Copies what the actors wrote: one file each for standard output and error, empty ones left out."""
-    target.mkdir(exist_ok=True)
-    for path in source.glob("worker-*"):
-        if path.stat().st_size:
-            shutil.copy(path, target)

@@ -33,8 +33,8 @@ class Worker:
     up: bool = False
     running: bool = False
     lost: bool = False
-    asked: bool = False
-    """A ping is on its way."""
+    asked_at: float | None = None
+    """Since when a sign of life is asked for; None: it is not."""
     version: int = -1
     """Of the weights that it has, confirmed."""
     handing: bool = False
@@ -56,6 +56,7 @@ class RolloutWorkers:
         spawn: starts the process of worker ``index`` under the name of an ``owner``.
         fail: told once the run cannot go on.
         note: told what is worth a line.
+        logs: where a dead process may have left its reason.
     """
 
     def __init__(
@@ -67,9 +68,10 @@ class RolloutWorkers:
         spawn: Callable[[int, str], Any],
         fail: Callable[[BaseException], None],
         note: Callable[[str], None],
+        logs: str,
     ) -> None:
         self._config, self._launcher, self._inbox, self._flow = config, launcher, inbox, flow
-        self._spawn, self._fail, self._note = spawn, fail, note
+        self._spawn, self._fail, self._note, self._logs = spawn, fail, note, logs
         self._incarnations: dict[int, int] = {}
         self._generating = self._closed = False
         self._version = 0
@@ -141,20 +143,23 @@ class RolloutWorkers:
             limit = self._launcher.engine_timeout_s
             if not worker.up:
                 self._lose(worker, f"it did not start within {self._launcher.start_timeout_s:g} s")
-            elif worker.asked:
-                self._lose(worker, f"it gave no sign of life for {limit:g} s (launcher.engine_timeout_s)")
+            elif worker.asked_at is not None:
+                silent = now - worker.heard_at
+                self._lose(worker, f"it gave no sign of life for {silent:.0f} s (launcher.engine_timeout_s={limit:g})")
             else:
-                worker.asked, worker.heard_at = True, now
+                worker.asked_at = now
                 self._inbox.watch(worker.actor.ping.remote(), partial(self._on_ping, worker))
 
     def _watched(self) -> Iterable[Worker]:
         if not self._generating:
             return ()  # the start of all has its own limit
-        return (worker for worker in self.workers if not worker.lost and (worker.running or not worker.up))
+        return (w for w in self.workers if not w.lost and (w.running or w.handing or not w.up))
 
     def _due_at(self, worker: Worker) -> float:
-        limit = self._launcher.engine_timeout_s if worker.up else self._launcher.start_timeout_s
-        return worker.heard_at + limit
+        if not worker.up:
+            return worker.heard_at + self._launcher.start_timeout_s
+        since = worker.heard_at if worker.asked_at is None else worker.asked_at
+        return since + self._launcher.engine_timeout_s
 
     def _start(self, index: int) -> Worker:
         incarnation = self._incarnations[index] = self._incarnations.get(index, 0) + 1
@@ -167,13 +172,15 @@ class RolloutWorkers:
         """The next thing for a worker: the newest weights, one publication at a time, then to generate."""
         if not worker.up or worker.lost or worker.handing:
             return
+        if not worker.running:
+            worker.heard_at = time.monotonic()  # it rested: nobody has asked it for a sign of life
         if worker.version < self._version:
             worker.handing = True
             weights = self._weights if worker.version < self._weights_version else None
             handed = partial(self._on_handed, worker, self._version)
             self._inbox.watch(worker.actor.publish.remote(self._version, weights), handed)
-        elif not worker.running:
-            worker.running, worker.heard_at = True, time.monotonic()
+        elif not worker.running and not self._closed:
+            worker.running = True
             self._inbox.watch(worker.actor.run.remote(self._seed(worker)), partial(self._on_ended, worker))
 
     def _seed(self, worker: Worker) -> int:
@@ -182,16 +189,17 @@ class RolloutWorkers:
             return engine_seed(self._config, worker.index, self._version)
         return derived_seed(self._config.seed, f"engine/{worker.owner}/{self._version}")
 
-    def _heard(self, worker: Worker, future: Future[Any]) -> bool:
-        """Whether the worker answered; takes note of it, or of its death."""
+    def _heard(self, worker: Worker, future: Future[Any], *, alone: bool = True) -> bool:
+        """Whether the worker answered; takes note of it, or of its death. ``alone``: an error can only be its own."""
         if worker.lost:
             return False
         error = future.exception()
         if error is None:
-            worker.heard_at, worker.asked = time.monotonic(), False
+            worker.heard_at, worker.asked_at = time.monotonic(), None
             return True
         own = (None, worker.actor._actor_id.hex())  # not that of the learner, whose weights did not come
-        if isinstance(error, RayActorError) and (error.actor_init_failed or error.actor_id in own):
+        died = isinstance(error, RayActorError) and (error.actor_init_failed or error.actor_id in own)
+        if died or (alone and isinstance(error, RayTaskError)):
             self._lose(worker, reason(error))
         else:
             self._failed(worker, future)
@@ -205,22 +213,19 @@ class RolloutWorkers:
 
     def _on_handed(self, worker: Worker, version: int, future: Future[Any]) -> None:
         worker.handing = False
-        if self._heard(worker, future):
+        if self._heard(worker, future, alone=False):  # the weights are the learner's
             worker.version = version
             self._go_on(worker)
 
     def _on_ended(self, worker: Worker, future: Future[Any]) -> None:
         worker.running = False
-        error = future.exception()
-        if isinstance(error, RayTaskError) and not worker.lost:
-            self._lose(worker, reason(error))
-        elif self._heard(worker, future) and (failure := future.result()) is not None:
+        if self._heard(worker, future) and (failure := future.result()) is not None:
             self._failed(worker, _failed_future(failure))
 
     def _failed(self, worker: Worker, future: Future[Any]) -> None:
         """A stage that the worker talks to failed, so nobody could take its place."""
         try:
-            answer(future, f"{worker.owner}, which waited for a stage")
+            answer(future, f"{worker.owner}, which waited for a stage", self._logs)
         except Exception as error:  # noqa: BLE001 (handed on to whom the driver answers)
             self._fail(error)
 
@@ -230,7 +235,7 @@ class RolloutWorkers:
         self._before[worker.owner] = worker.progress
         ray.kill(worker.actor)  # a process that hangs, or one whose engine raised
         if not self._generating:
-            self._fail(StageDiedError(f"{worker.owner} did not come up: {why}; see logs/ in the run folder"))
+            self._fail(StageDiedError(f"{worker.owner} did not come up: {why}; see {self._logs}"))
             return
         self._inbox.watch(self._flow.lose.remote(worker.owner), _ignore)  # if the flow is dead, others will say so
         if self._closed:
@@ -242,7 +247,7 @@ class RolloutWorkers:
             self._fail(
                 StageDiedError(
                     f"{STAGE} {worker.index} died {times}, the last time because {why}, and "
-                    f"launcher.max_restarts={allowed} allows no further replacement; see logs/ in the run folder"
+                    f"launcher.max_restarts={allowed} allows no further replacement; see {self._logs}"
                 )
             )
             return

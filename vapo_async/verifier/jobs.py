@@ -89,7 +89,10 @@ def unpack(buffer: bytearray, max_bytes: int) -> Iterator[dict[str, object]]:
         end = _HEADER.size + size
         if len(buffer) < end:
             return
-        message = json.loads(buffer[_HEADER.size : end])
+        try:
+            message = json.loads(buffer[_HEADER.size : end])
+        except RecursionError as error:
+            raise ValueError("a frame of JSON that is nested too deeply") from error
         if not isinstance(message, dict):
             raise ValueError("a frame that is not a JSON object")
         del buffer[:end]

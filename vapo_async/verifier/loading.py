@@ -33,6 +33,9 @@ _EXAMPLES = (
     (r"\frac{x}{2}", r"x \cdot \frac12"),
     (r"\{1, \sqrt{2}\}", r"\{\frac{2}{\sqrt2}, 1\}"),
     ("(-1, 1]", r"-1 < x \le 1"),
+    ("2y = x + 2", "y = 0.5x + 1"),
+    ("2", r"\sum_{n=0}^\infty \frac{1}{2^n}"),
+    (r"\frac{\pi^2}{6}", r"\sum_{n=1}^\infty \frac{1}{n^2}"),
 )
 
 

@@ -6,10 +6,10 @@ here: hostile text can take for ever or take all memory, so text of a model goes
 
 import logging
 import re
-from functools import cache
 
 from vapo_async.verifier.extract import last_boxed, last_line
 from vapo_async.verifier.numeric import parse_number, same_number
+from vapo_async.verifier.without_eval import replace_eval
 
 _UNICODE = str.maketrans(
     {"−": "-", "–": "-", "—": "-", "×": r"\times ", "÷": "/", "·": r"\cdot ", "π": r"\pi ", "∞": r"\infty ",
@@ -20,7 +20,6 @@ _SPACING = re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;: ]|\\q?quad(?![a-zA-
 _FRACTION = re.compile(r"\\[dt]frac(?![a-zA-Z])")
 _TIGHT = re.compile(r" ?([^\w\s]) ?")
 _DELIMITERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"))
-_LITERAL = re.compile(r"-?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
 _POWER = re.compile(r"\*\*\s?(-?\d+)")
 # "41 1" would be read as the mixed number 41 + 1: two bare integers side by side are no answer.
 _JUXTAPOSED = re.compile(r"(?<![\d.\\])\d+ +\d+(?![\d.]* ?/)")
@@ -111,33 +110,13 @@ def _symbolic(gold: str, pred: str) -> bool:
     """math-verify's verdict."""
     from math_verify import LatexExtractionConfig, parse, verify  # heavy: only where it is needed
 
-    _read_numbers_without_eval()
+    replace_eval()
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns once that time limits are off
     # Without math-verify's plain-text extraction, which would pick a number out of what it cannot read.
     config = [LatexExtractionConfig()]
     parsed_gold = parse(_as_latex(gold), config, parsing_timeout=None)
     parsed_pred = parse(_as_latex(pred), config, parsing_timeout=None)
     return bool(verify(parsed_gold, parsed_pred, timeout_seconds=None))
-
-
-@cache
-def _read_numbers_without_eval() -> None:
-    """Takes latex2sympy's number literals off ``sympify``, which hands them to Python's ``eval``."""
-    from latex2sympy2_extended import latex2sympy2
-
-    latex2sympy2._Latex2Sympy.parse_number = lambda _, text: _sympy_number(text)
-    # What stands alone with commas: a number in groups, or, after a zero, a decimal
-    latex2sympy2.convert_number = lambda text: _sympy_number(text.replace(",", ".") if text.startswith("0") else text)
-
-
-def _sympy_number(text: str) -> object:
-    """The Integer, or the Float of as many digits as written. ``ValueError`` for what is no literal."""
-    from sympy import Float, Integer
-
-    text = text.replace(",", "").strip()
-    if not _LITERAL.fullmatch(text):
-        raise ValueError(f"{text!r} is not a number")
-    return Float(text) if "." in text or "e" in text.lower() else Integer(int(text))
 
 
 def _as_latex(text: str) -> str:

@@ -38,6 +38,7 @@ class WorkerProcess:
     """A running worker, and what it owes: ``owed`` holds the indices of the jobs sent and not yet answered."""
 
     def __init__(self, memory_mb: int) -> None:
+        """``OSError`` where the machine cannot start a process now."""
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-B", "-m", "vapo_async.verifier.worker", str(memory_mb)],
             stdin=subprocess.PIPE,
@@ -54,6 +55,7 @@ class WorkerProcess:
         self.owed: deque[int] = deque()
         self.deadline = 0.0
         self._timeout_s = 0.0
+        self._cpu_mark: float | None = None  # processor time when the current answer was begun
         self._unready = 0  # batches sent and not yet begun
         self._loaded: frozenset[str] = frozenset()
         self._outgoing = memoryview(b"")
@@ -115,7 +117,24 @@ class WorkerProcess:
         replies = list(unpack(self._incoming, _MAX_REPLY_BYTES))
         if replies:
             self.deadline = time.monotonic() + self._timeout_s
+            self._cpu_mark = self._cpu_s()
         return replies
+
+    @property
+    def starved(self) -> bool:
+        """It got less than half of the time limit in processor time since its last reply. False where unknown."""
+        now = self._cpu_s()
+        return now is not None and self._cpu_mark is not None and now - self._cpu_mark < self._timeout_s / 2
+
+    def _cpu_s(self) -> float | None:
+        """Processor seconds of its life so far, None where the system does not tell."""
+        try:
+            text = Path(f"/proc/{self.pid}/stat").read_text()
+            # After the name in brackets, which may hold anything, fields 3 on; 14 and 15 are utime and stime.
+            utime, stime = text.rpartition(")")[2].split()[11:13]
+            return (int(utime) + int(stime)) / os.sysconf("SC_CLK_TCK")
+        except (OSError, ValueError):
+            return None
 
     def kill(self) -> None:
         """Ends the process and what it may have started, at once, and reaps it."""

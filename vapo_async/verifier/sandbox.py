@@ -1,7 +1,7 @@
 """A pool of worker processes that judge answers under time and memory limits.
 
 Whatever an answer does to its worker costs that answer only: the worker is killed, another one takes over the rest. An
-answer takes ``timeout_s`` at most, or, where its worker dies, twice that and a start of a worker.
+answer takes ``timeout_s`` at most, or, where its worker dies or is starved, twice that and a start of a worker.
 Workers are fresh interpreters (no fork of a threaded parent), and end with their parent, even when it is killed.
 """
 
@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -49,7 +50,13 @@ class Sandbox:
         self._failed_starts = 0
         self._needs: frozenset[str] = frozenset()  # what earlier calls needed: no worker is replaced to alternate
         self._spare: WorkerProcess | None = None
-        self._workers = [WorkerProcess(memory_mb) for _ in range(workers)]
+        self._workers: list[WorkerProcess] = []
+        try:
+            for _ in range(workers):
+                self._workers.append(self._start())
+        except SandboxError:
+            self.close()
+            raise
 
     @property
     def pids(self) -> tuple[int, ...]:
@@ -71,8 +78,12 @@ class Sandbox:
                 self._loop(call, wanted)
                 self._needs = wanted
             finally:  # after Ctrl-C or an error nothing may answer a later call with this call's verdicts
-                for slot, worker in enumerate(self._workers):
-                    if worker.owed or not worker.fits(self._needs):
+                stale = [i for i, w in enumerate(self._workers) if w.owed or not w.fits(self._needs)]
+                for slot in stale:
+                    self._workers[slot].kill()
+                    self._workers[slot].owed.clear()
+                with suppress(SandboxError):  # the next call replaces the dead
+                    for slot in stale:
                         self._replace(slot)
         assert all(outcome is not None for outcome in call.outcomes), "every job has an outcome"
         return [outcome for outcome in call.outcomes if outcome is not None]
@@ -105,9 +116,10 @@ class Sandbox:
                     worker.assign(call.frame(batch, wanted, self._timeout_s), batch, wanted, self._timeout_s)
             self._wait()
             if self._spare is None and time.monotonic() >= self._spare_at():
-                self._spare = WorkerProcess(self._memory_mb)
+                self._spare = self._start()
                 self._spare.assign(call.frame([], wanted, self._timeout_s), [], wanted, self._timeout_s)
-                self._spare.send()
+                with suppress(BrokenPipeError):  # dead already, which is found out when it is needed
+                    self._spare.send()
             for slot, worker in enumerate(self._workers):
                 if worker.owed:
                     self._advance(slot, worker, call)
@@ -142,7 +154,7 @@ class Sandbox:
             self._give_up(slot, "crashed", call)
             return
         for reply in replies:
-            if isinstance(reply.get("error"), str):
+            if not worker.ready and isinstance(reply.get("error"), str):
                 raise SandboxError(f"a verifier worker cannot load what it needs: {reply['error']}; {self._way_out()}")
             if not worker.ready and reply.get("ready") is True:
                 worker.begin()
@@ -161,15 +173,16 @@ class Sandbox:
     def _give_up(self, slot: int, note: str, call: "_Call") -> None:
         """Replaces a worker. The rest of its batch goes to the others.
 
-        So does the answer it was at if the worker died under it: the death may be somebody else's doing. The answer's
-        own are a timeout and a second death.
+        So does, once, the answer it was at if the worker died under it, or ran out of time with little of it on a
+        processor: that may be somebody else's doing.
         """
         worker = self._workers[slot]
         owed = list(worker.owed)
         worker.owed.clear()
         if worker.ready:
-            if note == "crashed" and owed[0] not in call.died:
-                call.died.add(owed[0])
+            innocent = note == "crashed" or worker.starved
+            if innocent and owed[0] not in call.retried:
+                call.retried.add(owed[0])
             else:
                 call.outcomes[owed.pop(0)] = Outcome(False, note)
         else:  # it never came to an answer
@@ -185,9 +198,17 @@ class Sandbox:
 
     def _replace(self, slot: int) -> WorkerProcess:
         self._workers[slot].kill()
-        self._workers[slot] = self._spare or WorkerProcess(self._memory_mb)
+        self._workers[slot] = self._spare or self._start()
         self._spare = None
         return self._workers[slot]
+
+    def _start(self) -> WorkerProcess:
+        try:
+            return WorkerProcess(self._memory_mb)
+        except OSError as error:
+            raise SandboxError(
+                f"no verifier worker can be started: {error}; lower verifier.workers or free memory and processes"
+            ) from error
 
     def _way_out(self) -> str:
         return (
@@ -196,7 +217,7 @@ class Sandbox:
 
 
 class _Call:
-    """The jobs of one call by index, and how far they are: ``died`` had a worker die under them once."""
+    """The jobs of one call by index, and how far they are: ``retried`` are judged a second time."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.outcomes: list[Outcome | None] = [
@@ -205,7 +226,7 @@ class _Call:
         self.encoded = {i: encode_job(job) for i, job in enumerate(jobs) if self.outcomes[i] is None}
         pack({"jobs": list(self.encoded.values())})  # what JSON cannot say is refused before anything is sent
         self.pending = deque(self.encoded)
-        self.died: set[int] = set()
+        self.retried: set[int] = set()
 
     def frame(self, batch: Sequence[int], needs: frozenset[str], timeout_s: float) -> bytes:
         """The batch as it goes to a worker."""

@@ -1,5 +1,7 @@
 """The verifier stage: response text and reference answer in, verdict and reward out."""
 
+import threading
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,6 +38,7 @@ class TaskVerifier:
             raise ConfigError(f"task is a {type(task).__name__}, expected one with a verifier: chain_sum or dataset")
         self._task, self._overlong_cache_tokens = task, overlong_cache_tokens
         self._sandbox = Sandbox(verifier.workers, verifier.timeout_s, verifier.memory_mb)
+        self._counting = threading.Lock()
         self.scored = 0
         self.timeouts = 0
         self.crashes = 0
@@ -49,10 +52,12 @@ class TaskVerifier:
         judged = self._sandbox.run([self._job(items[i].problem, answers[i] or "") for i in asked]) if asked else []
         for i, outcome in zip(asked, judged, strict=True):
             outcomes[i] = outcome
-        self.scored += len(items)
-        self.timeouts += sum(outcome.note == "timeout" for outcome in judged)
-        self.crashes += sum(outcome.note == "crashed" for outcome in judged)
-        self.forbidden += sum(outcome.note == "forbidden" for outcome in judged)
+        notes = Counter(outcome.note for outcome in judged)
+        with self._counting:
+            self.scored += len(items)
+            self.timeouts += notes["timeout"]
+            self.crashes += notes["crashed"]
+            self.forbidden += notes["forbidden"]
         return [self._score(item, outcome) for item, outcome in zip(items, outcomes, strict=True)]
 
     def close(self) -> None:

@@ -38,24 +38,26 @@ _HARMLESS = frozenset(
 # The AUDIT_ARCH of a processor, the number of seccomp(2), and the numbers of what stays allowed: read, write, close,
 # poll, ppoll, mmap, mprotect, munmap, brk, mremap, madvise, rt_sigaction, rt_sigprocmask, rt_sigreturn, sigaltstack,
 # sched_yield, nanosleep, clock_nanosleep, clock_gettime, gettimeofday, getpid, getppid, gettid, getrusage, sysinfo,
-# getrlimit, setrlimit, prlimit64, futex, restart_syscall, getrandom, membarrier, rseq, sched_getaffinity, exit,
-# exit_group (aarch64 has no poll).
+# getrlimit, setrlimit, futex, restart_syscall, getrandom, membarrier, rseq, sched_getaffinity, exit, exit_group
+# (aarch64 has no poll). Last the number of prlimit64, which is allowed on the process itself.
 _CALLS = {
     "x86_64": (
         0xC000003E,
         317,
         (
             *(0, 1, 3, 7, 271, 9, 10, 11, 12, 25, 28, 13, 14, 15, 131, 24, 35, 230, 228, 96, 39, 110, 186, 98, 99),
-            *(97, 160, 302, 202, 219, 318, 324, 334, 204, 60, 231),
+            *(97, 160, 202, 219, 318, 324, 334, 204, 60, 231),
         ),
+        302,
     ),
     "aarch64": (
         0xC00000B7,
         277,
         (
             *(63, 64, 57, 73, 222, 226, 215, 214, 216, 233, 134, 135, 139, 132, 124, 101, 115, 113, 169, 172, 173),
-            *(178, 165, 179, 163, 164, 261, 98, 128, 278, 283, 293, 123, 93, 94),
+            *(178, 165, 179, 163, 164, 98, 128, 278, 283, 293, 123, 93, 94),
         ),
+        261,
     ),
 }
 _PR_SET_NO_NEW_PRIVS = 38
@@ -109,8 +111,8 @@ def filter_system_calls() -> bool:
     """Refuses all but a few system calls to every thread, for good. False where kernel or processor cannot do it."""
     if sys.platform != "linux" or platform.machine() not in _CALLS or ctypes.sizeof(ctypes.c_void_p) != 8:
         return False
-    arch, seccomp, allowed = _CALLS[platform.machine()]
-    code = _program(arch, allowed)
+    arch, seccomp, allowed, prlimit = _CALLS[platform.machine()]
+    code = _program(arch, allowed, prlimit)
     held = ctypes.create_string_buffer(code, len(code))
     # struct sock_fprog: the number of instructions (padded to a pointer) and where they are
     program = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(code) // 8, ctypes.addressof(held)))
@@ -121,9 +123,11 @@ def filter_system_calls() -> bool:
     return bool(done == 0)
 
 
-def _program(arch: int, allowed: tuple[int, ...]) -> bytes:
-    """BPF: the processor's calls in ``allowed`` go on, all else is refused."""
-    rules = [(_LOAD, 0, 0, 4), (_JUMP_IF_EQUAL, 0, len(allowed) + 1, arch), (_LOAD, 0, 0, 0)]
-    rules += [(_JUMP_IF_EQUAL, len(allowed) - i, 0, number) for i, number in enumerate(allowed)]
+def _program(arch: int, allowed: tuple[int, ...], prlimit: int) -> bytes:
+    """BPF: the processor's calls in ``allowed`` go on, ``prlimit`` for process 0 (itself) too, all else is refused."""
+    count = len(allowed)
+    rules = [(_LOAD, 0, 0, 4), (_JUMP_IF_EQUAL, 0, count + 4, arch), (_LOAD, 0, 0, 0)]
+    rules += [(_JUMP_IF_EQUAL, 0, 2, prlimit), (_LOAD, 0, 0, 16), (_JUMP_IF_EQUAL, count + 1, count, 0)]
+    rules += [(_JUMP_IF_EQUAL, count - i, 0, number) for i, number in enumerate(allowed)]
     rules += [(_RETURN, 0, 0, _REFUSE), (_RETURN, 0, 0, _ALLOW)]
     return b"".join(struct.pack("HBBI", *rule) for rule in rules)
