@@ -1,7 +1,7 @@
 """Takes ``eval`` and ``exec`` off the roads of SymPy that honest answers go: a sealed process refuses both.
 
-Each replacement gives what the original gives, or leaves the case to it, with one exception: a long decimal that mpmath writes
-as a root stays a decimal (0.333333333333333, which SymPy reads as 1/3).
+Each replacement gives what the original gives, or leaves the case to it, with one exception: a long decimal that mpmath
+writes as a root stays a decimal (0.333333333333333, which SymPy reads as 1/3).
 """
 
 import re
