@@ -109,9 +109,10 @@ def harness(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
             f"buffer.max_staleness={S}",
         ]
     )
+    others = set(psutil.Process().children(recursive=True))  # other tests'
     harness = Harness(config, base_folder)
     yield harness
-    family = psutil.Process().children(recursive=True)
+    family = set(psutil.Process().children(recursive=True)) - others
     harness.stages.shutdown()
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
