@@ -346,7 +346,7 @@ def test_a_refused_group_gives_its_place_to_another_prompt(tokenizer: PreTrained
     counters = flow.counters()
     assert counters.tickets == {"charged": 4, "committed": 2, "refunded": 2, "outstanding": 0}
     assert counters.refund_reasons == {"all right": 1, "all wrong": 1}
-    assert (counters.rejected_responses, counters.rejected_tokens) == (4, 8)
+    assert (counters.lengths["refused"].responses, counters.lengths["refused"].tokens) == (4, 8)
 
 
 def test_value_pretraining_takes_every_group_and_no_policy_batch_inherits_one(

@@ -14,7 +14,8 @@ from vapo_async.collector.collector import Collector
 from vapo_async.collector.engine import Engine
 from vapo_async.collector.evaluator import Evaluator
 from vapo_async.collector.factory import build_engine
-from vapo_async.config import AdvantageKind, Config, ConfigError, OnStraggler, TorchLearnerConfig, resolved_lead
+from vapo_async.config import Config, ConfigError, OnStraggler, TorchLearnerConfig, resolved_lead
+from vapo_async.config_algorithm import AdvantageKind
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, check_log_probs

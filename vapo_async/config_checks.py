@@ -8,8 +8,6 @@ import math
 import re
 
 from vapo_async.config import (
-    AdvantageKind,
-    AlgorithmConfig,
     BufferConfig,
     ChainSumTaskConfig,
     Config,
@@ -19,7 +17,6 @@ from vapo_async.config import (
     EngineConfig,
     EvaluationConfig,
     FolderModelConfig,
-    ImportanceKind,
     InlineLauncherConfig,
     LauncherConfig,
     LearnerConfig,
@@ -28,9 +25,9 @@ from vapo_async.config import (
     RayLauncherConfig,
     TaskConfig,
     TransformersEngineConfig,
-    ValueTargetKind,
     VerifierConfig,
 )
+from vapo_async.config_algorithm import AdvantageKind, AlgorithmConfig, ImportanceKind, ValueTargetKind
 
 
 def check_config(config: Config) -> None:

@@ -70,7 +70,7 @@ def field_docs(schema: type[Any]) -> dict[str, str]:
                 docs[last] = " ".join(str(statement.value.value).split())
     hints = get_type_hints(schema)
     for name, doc in docs.items():
-        if not doc and isinstance(hints[name], type) and hints[name].__module__ == schema.__module__:
+        if not doc and isinstance(hints[name], type) and hints[name].__module__.startswith("vapo_async."):
             docs[name] = (hints[name].__doc__ or "").strip().splitlines()[0]
     return docs
 

@@ -19,7 +19,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError, without_groups
+from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError
+from vapo_async.config_algorithm import without_groups
 from vapo_async.config_checks import check_config
 from vapo_async.config_help import describe_type, every_key, field_docs, field_types, help_page
 from vapo_async.config_unread import unread

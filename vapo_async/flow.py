@@ -118,7 +118,7 @@ class Flow:
         elif self._watch is not None and self._buffer.ready <= self._buffer.groups_per_batch:
             self._watch.reset()  # the batch has come a step nearer
         if self._sampling is not None:
-            self._sampling.count(group, reason)
+            self._sampling.count(reason)
         return reason is None
 
     def refund(self, ticket_id: int, reason: str) -> None:
@@ -219,8 +219,6 @@ class Flow:
         return FlowCounters(
             tickets=self._buffer.ticket_counts(),
             refund_reasons=reasons | self._buffer.refund_reasons,
-            rejected_responses=0 if sampling is None else sampling.rejected_responses,
-            rejected_tokens=0 if sampling is None else sampling.rejected_tokens,
             prompts_left_out=self._stream.left_out,
             drops=self._drop_count,
             lengths=self._lengths.counts(),

@@ -14,7 +14,7 @@ from vapo_async.metrics import names
 from vapo_async.metrics.console import Console, Phase, StepRow
 from vapo_async.metrics.counters import RunTotals
 from vapo_async.metrics.evaluation import avg_at_k, avg_at_k_stderr
-from vapo_async.metrics.flow_sums import FlowSums, LengthSums, increases, length_bias, plus
+from vapo_async.metrics.flow_sums import FlowSums, increases, length_bias, plus
 from vapo_async.metrics.ledger import FlowLedger
 from vapo_async.metrics.loggers import build_logger, read_metrics
 from vapo_async.metrics.report import write_report
@@ -223,7 +223,7 @@ class Recorder:
         # The flow itself counts over resumes.
         flow.committed = stats.flow.tickets.get("committed", 0)
         flow.refunds = dict(stats.flow.refund_reasons)
-        flow.lengths = {kind: LengthSums(n.responses, n.tokens, n.histogram) for kind, n in stats.flow.lengths.items()}
+        flow.lengths = dict(stats.flow.lengths)
 
     def _counters(self, stats: FlowStats) -> dict[str, float]:
         """Sums so far."""

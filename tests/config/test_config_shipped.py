@@ -10,13 +10,11 @@ import vapo_async.config
 from vapo_async.config import (
     GROUPS,
     OVERLAYS,
-    AdvantageKind,
     AnswerStyle,
     ChainSumTaskConfig,
     Config,
     DatasetTaskConfig,
     EmbeddedModelConfig,
-    ImportanceKind,
     InlineLauncherConfig,
     KVCacheOnUpdate,
     RayLauncherConfig,
@@ -25,6 +23,7 @@ from vapo_async.config import (
     TransformersEngineConfig,
     resolved_lead,
 )
+from vapo_async.config_algorithm import AdvantageKind, ImportanceKind
 from vapo_async.config_help import field_docs
 from vapo_async.config_load import (
     default_config_dir,

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from vapo_async.config import AlgorithmConfig
+from vapo_async.config_algorithm import AlgorithmConfig
 from vapo_async.config_load import flatten, load_config
 from vapo_async.config_unread import unread, unread_notes
 

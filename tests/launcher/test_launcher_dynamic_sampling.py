@@ -61,8 +61,8 @@ def test_policy_batches_hold_mixed_groups_only(
     tickets, reasons = stats.flow.tickets, stats.flow.refund_reasons
     assert tickets["charged"] == tickets["committed"] + tickets["refunded"] + tickets["outstanding"]
     assert tickets["refunded"] == sum(reasons.values()) >= 3
-    assert stats.flow.rejected_responses == 4 * tickets["refunded"]
-    assert 0 < stats.flow.rejected_tokens < stats.generated_tokens
+    assert stats.flow.lengths["refused"].responses == 4 * tickets["refunded"]
+    assert 0 < stats.flow.lengths["refused"].tokens < stats.generated_tokens
 
 
 def test_the_run_is_a_function_of_its_seed_and_counts_its_refunds(guessing_folder: Path, tmp_path: Path) -> None:

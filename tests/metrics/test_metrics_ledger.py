@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vapo_async.metrics.flow_sums import FlowSums, LengthSums
+from vapo_async.metrics.flow_sums import FlowSums, Lengths
 from vapo_async.metrics.ledger import LEDGER_FILE, FlowLedger, read_flow
 
 
@@ -26,7 +26,7 @@ def test_metrics_ledger_row_by_hand(tmp_path: Path) -> None:
         verifier={"scored": 4},
         committed=3,
         refunds={"all right": 0, "straggler": 1},
-        lengths={"generated": LengthSums(2, 9, {4: 1, 8: 1}), "refused": LengthSums()},
+        lengths={"generated": Lengths(2, 9, {4: 1, 8: 1}), "refused": Lengths()},
     )
     ledger = FlowLedger(tmp_path)
     ledger.write(5, 3, [11, 9, 12], [4, 2, 6], [1, 2, 1], 6, sums)
@@ -77,7 +77,7 @@ def test_metrics_ledger_of_another_folder_says_so(tmp_path: Path) -> None:
 
 
 lengths = st.builds(
-    LengthSums, st.integers(0, 99), st.integers(0, 999), st.dictionaries(st.sampled_from([1, 2, 4, 8]), st.integers(1))
+    Lengths, st.integers(0, 99), st.integers(0, 999), st.dictionaries(st.sampled_from([1, 2, 4, 8]), st.integers(1))
 )
 counts = st.dictionaries(st.sampled_from("abc"), st.integers(0, 99))
 sums = st.builds(
@@ -109,7 +109,7 @@ def test_metrics_flow_sums_since_nothing_is_all_and_since_themselves_is_nothing(
     nothing = now.since(now)
     assert (nothing.generated_tokens, nothing.committed) == (0, 0)
     assert not any([*nothing.seconds.values(), *nothing.refunds.values(), *nothing.restarts.values()])
-    assert all(kind == LengthSums() for kind in nothing.lengths.values())
+    assert all(kind == Lengths() for kind in nothing.lengths.values())
 
 
 def test_metrics_flow_sums_refuse_a_state_that_does_not_fit() -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vapo_async.buffer.lengths import Lengths
+from vapo_async.metrics.flow_sums import Lengths
 
 
 @dataclass(frozen=True)
@@ -13,10 +13,6 @@ class FlowCounters:
     """charged = committed + refunded + outstanding."""
     refund_reasons: dict[str, int] = field(default_factory=dict)
     """Refunds by reason."""
-    rejected_responses: int = 0
-    """Responses that dynamic sampling refused."""
-    rejected_tokens: int = 0
-    """Their generated tokens."""
     prompts_left_out: int = 0
     """Training problems met so far whose prompt is too long."""
     drops: int = 0

@@ -10,7 +10,7 @@ from typing import Any
 from tensordict import TensorDictBase
 
 from vapo_async.config import RunError
-from vapo_async.schema import CORRECT, RESPONSE_MASK
+from vapo_async.schema import CORRECT
 
 ALL_RIGHT = "all right"
 ALL_WRONG = "all wrong"
@@ -28,7 +28,7 @@ def rejection_reason(group: TensorDictBase) -> str | None:
 
 
 class DynamicSampling:
-    """Which groups are refused, how many were, and when that has gone on for too long.
+    """Which groups are refused, and when that has gone on for too long.
 
     Args:
         patience: groups that may be refused in a row.
@@ -43,36 +43,22 @@ class DynamicSampling:
             raise ValueError(f"patience >= 1 and exempt >= 0 do not hold: patience={patience}, exempt={exempt}")
         self._patience, self._exempt = patience, exempt
         self._in_a_row = {ALL_RIGHT: 0, ALL_WRONG: 0}
-        self._responses = self._tokens = 0
 
     @property
     def in_a_row(self) -> int:
         """Groups refused since the last one that was not, or since patience was lost; over resumes."""
         return sum(self._in_a_row.values())
 
-    @property
-    def rejected_responses(self) -> int:
-        """Responses of refused groups, over resumes."""
-        return self._responses
-
-    @property
-    def rejected_tokens(self) -> int:
-        """Their generated tokens."""
-        return self._tokens
-
     def judge(self, group: TensorDictBase, committed: int) -> str | None:
         """Why the group is refused, or None; changes nothing. ``committed``: groups committed so far, over resumes."""
         return None if committed < self._exempt else rejection_reason(group)
 
-    def count(self, group: TensorDictBase, reason: str | None) -> None:
+    def count(self, reason: str | None) -> None:
         """Records what became of a group: ``reason`` as :meth:`judge` gave it."""
         if reason is None:
             self._in_a_row = {ALL_RIGHT: 0, ALL_WRONG: 0}
-            return
-        trajectories = group.unbind(0)
-        self._in_a_row[reason] += 1
-        self._responses += len(trajectories)
-        self._tokens += sum(int(trajectory[RESPONSE_MASK].sum()) for trajectory in trajectories)
+        else:
+            self._in_a_row[reason] += 1
 
     def check_patience(self) -> None:
         """Raises ``RunError`` once ``patience`` groups in a row were refused; the count then starts anew."""
@@ -87,10 +73,9 @@ class DynamicSampling:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON data: the row and the counters."""
-        return {"in_a_row": dict(self._in_a_row), "responses": self._responses, "tokens": self._tokens}
+        """JSON data: the row."""
+        return {"in_a_row": dict(self._in_a_row)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave; patience and exemption are this run's."""
         self._in_a_row = {ALL_RIGHT: state["in_a_row"][ALL_RIGHT], ALL_WRONG: state["in_a_row"][ALL_WRONG]}
-        self._responses, self._tokens = state["responses"], state["tokens"]

@@ -5,24 +5,15 @@ buckets that are full under GENERATED or DROPPED and empty under TRAINED.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from typing import Any
+
+from vapo_async.metrics.flow_sums import Lengths
 
 GENERATED = "generated"  # finished responses, also those that are refused or come too late
 TRAINED = "trained"
 REFUSED = "refused"  # by dynamic sampling
 DROPPED = "dropped"  # of stragglers that were cancelled, with the tokens that they had; finished samples too
 KINDS = (GENERATED, TRAINED, REFUSED, DROPPED)
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Of one kind of response."""
-
-    responses: int = 0
-    tokens: int = 0
-    histogram: dict[int, int] = field(default_factory=dict)
-    """Responses by upper bound in tokens, 1, 2, 4, …: the smallest power of two that is not below the length."""
 
 
 def upper_bound(length: int) -> int:
@@ -55,22 +46,8 @@ class LengthAudit:
 
     def state_dict(self) -> dict[str, Any]:
         """JSON data."""
-        return {
-            kind: {
-                "responses": found.responses,
-                "tokens": found.tokens,
-                "histogram": {str(bound): count for bound, count in found.histogram.items()},
-            }
-            for kind, found in self.counts().items()
-        }
+        return {kind: found.to_json() for kind, found in self._counts.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave."""
-        self._counts = {
-            kind: Lengths(
-                state[kind]["responses"],
-                state[kind]["tokens"],
-                {int(bound): count for bound, count in state[kind]["histogram"].items()},
-            )
-            for kind in KINDS
-        }
+        self._counts = {kind: Lengths.from_json(state[kind]) for kind in KINDS}

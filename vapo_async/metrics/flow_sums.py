@@ -11,23 +11,23 @@ N = TypeVar("N", int, float)
 
 
 @dataclass(frozen=True)
-class LengthSums:
+class Lengths:
     """Lengths in tokens of some responses."""
 
     responses: int = 0
     tokens: int = 0
     histogram: dict[int, int] = field(default_factory=dict)
-    """Upper bound (a power of two, in tokens) → responses."""
+    """Responses by upper bound in tokens, 1, 2, 4, …: the smallest power of two that is not below the length."""
 
     @property
     def mean(self) -> float:
         """Tokens per response; NaN without any."""
         return self.tokens / self.responses if self.responses else math.nan
 
-    def since(self, before: "LengthSums") -> "LengthSums":
+    def since(self, before: "Lengths") -> "Lengths":
         """What was added after ``before``."""
         histogram = {bound: int(n) for bound, n in differences(self.histogram, before.histogram).items() if n}
-        return LengthSums(self.responses - before.responses, self.tokens - before.tokens, histogram)
+        return Lengths(self.responses - before.responses, self.tokens - before.tokens, histogram)
 
     def to_json(self) -> dict[str, Any]:
         """JSON-able: bounds as strings, in order."""
@@ -56,12 +56,12 @@ class FlowSums:
     """Tickets that ended with a group."""
     refunds: dict[str, int] = field(default_factory=dict)
     """Tickets that ended without one, by reason."""
-    lengths: dict[str, LengthSums] = field(default_factory=dict)
+    lengths: dict[str, Lengths] = field(default_factory=dict)
     """The length-bias audit, by kind."""
 
     def since(self, before: "FlowSums") -> "FlowSums":
         """What was added after ``before``; names that are new count from 0."""
-        none = LengthSums()
+        none = Lengths()
         return FlowSums(
             generated_tokens=self.generated_tokens - before.generated_tokens,
             seconds=differences(self.seconds, before.seconds),
@@ -89,16 +89,16 @@ class FlowSums:
         if data.keys() != expected:
             raise ValueError(f"saved sums of the flow do not fit: {', '.join(sorted(data.keys() ^ expected))}")
         copied = {name: dict(value) if isinstance(value, dict) else value for name, value in data.items()}
-        return cls(**copied | {"lengths": {kind: LengthSums.from_json(s) for kind, s in data["lengths"].items()}})
+        return cls(**copied | {"lengths": {kind: Lengths.from_json(s) for kind, s in data["lengths"].items()}})
 
 
-def length_bias(lengths: Mapping[str, LengthSums]) -> float:
+def length_bias(lengths: Mapping[str, Lengths]) -> float:
     """Mean length trained on − mean length generated, tokens; NaN while either is unknown.
 
     Below 0 the flow prefers short answers. Responses still on their way, which were generated but not trained on, count
     too, so that a short stretch says little and a whole run a lot.
     """
-    none = LengthSums()
+    none = Lengths()
     return lengths.get("trained", none).mean - lengths.get("generated", none).mean
 
 
