@@ -20,6 +20,7 @@ from vapo_async.verifier import ScoreRequest, TaskVerifier, extract_answer
 MEMORY_MB = 1024
 LIMIT_S = 5.0
 MB = 1 << 20
+WORKER = "vapo_async.verifier.worker"
 RIGHT = Score(True, 1.0)
 HONEST = r"So \boxed{\frac{84x}{2x}}"  # needs SymPy
 
@@ -147,13 +148,18 @@ class Peaks:
     def __exit__(self, *_: object) -> None:
         self._done.set()
         self._thread.join()
+        self._sample()  # once at least
 
     def _watch(self) -> None:
-        me = psutil.Process()
         while not self._done.wait(0.02):
-            self.own = max(self.own, (me.memory_info().rss - self._before) / MB)
-            for child in (child for child in me.children() if child.pid not in self._others):
-                with suppress(psutil.NoSuchProcess):
+            self._sample()
+
+    def _sample(self) -> None:
+        me = psutil.Process()
+        self.own = max(self.own, (me.memory_info().rss - self._before) / MB)
+        for child in (child for child in me.children() if child.pid not in self._others):
+            with suppress(psutil.NoSuchProcess):
+                if WORKER in child.cmdline():  # until its exec a new one shows this process's memory
                     self.child = max(self.child, child.memory_info().rss / MB)
 
 
@@ -173,7 +179,7 @@ def test_hostile_answers_cost_only_themselves(
     assert not scores[1].correct and not scores[2].correct
     assert [scores[0], scores[3]] == [RIGHT] * 2
     assert took < LIMIT_S
-    assert peaks.child < MEMORY_MB
+    assert 0 < peaks.child < MEMORY_MB
     assert peaks.own < 200
     assert list(folder.iterdir()) == []
     assert set(Path("/").iterdir()) == root  # the workers' working directory
