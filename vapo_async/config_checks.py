@@ -24,8 +24,10 @@ from vapo_async.config import (
     OnStraggler,
     RayLauncherConfig,
     TaskConfig,
-    TransformersEngineConfig,
     VerifierConfig,
+    VLLMEngineConfig,
+    WarmStartModelConfig,
+    WeightTransport,
 )
 from vapo_async.config_algorithm import AdvantageKind, AlgorithmConfig, ImportanceKind, ValueTargetKind
 
@@ -42,6 +44,7 @@ def check_config(config: Config) -> None:
     hint = f"less is not a token of task.max_response_tokens = {longest}; 0 turns the punishment off"
     _require(cache == 0 or cache * longest >= 1, "algorithm.overlong_cache", cache, f"0 or ≥ 1/{longest}", hint)
     _launcher(config.launcher)
+    _engine_in_place(config)
     _buffer(config.buffer, config.algorithm)
     _time_limits(config)
     _verifier(config.verifier)
@@ -173,8 +176,13 @@ def _model(c: ModelConfig) -> None:
                         _at_least(f"model.{name}", value, 1)
                     case "steps" | "seed":
                         _at_least(f"model.{name}", value, 0)
-        case FolderModelConfig():
-            _require(c.path != "", "model.path", c.path, "a Hugging Face folder or hub name")
+        case WarmStartModelConfig():
+            _at_least("model.warm_start_steps", c.warm_start_steps, 0, "0 takes the base as it is")
+            _at_least("model.warm_start_batch_size", c.warm_start_batch_size, 1)
+            _above("model.warm_start_lr", c.warm_start_lr, 0, "model.warm_start_steps=0 leaves the base as it is")
+            _at_least("model.warm_start_seed", c.warm_start_seed, 0)
+    if isinstance(c, FolderModelConfig):
+        _require(c.path != "", "model.path", c.path, "a Hugging Face folder or hub name")
 
 
 def _engine(c: EngineConfig) -> None:
@@ -183,9 +191,41 @@ def _engine(c: EngineConfig) -> None:
         "the learner cannot rebuild the cut distribution that stored log-probs are of; lower engine.temperature instead"
     )
     _require(c.top_p == 1, "engine.top_p", c.top_p, "1", hint)
-    if isinstance(c, TransformersEngineConfig):
-        _at_least("engine.max_slots", c.max_slots, 1)
+    _at_least("engine.max_slots", c.max_slots, 1)
     _device("engine.device", c.device)
+    if c.max_mismatch is not None:
+        _above("engine.max_mismatch", c.max_mismatch, 0)
+    if isinstance(c, VLLMEngineConfig):
+        _vllm(c)
+
+
+def _vllm(c: VLLMEngineConfig) -> None:
+    known = c.dtype is None or c.dtype in DTYPES
+    _require(known, "engine.dtype", c.dtype, f"one of {', '.join(DTYPES)} or null")
+    _at_least("engine.tensor_parallel_size", c.tensor_parallel_size, 1)
+    _within("engine.gpu_memory_utilization", c.gpu_memory_utilization, 0.01, 1)
+    if c.kv_cache_mb is not None:
+        _at_least("engine.kv_cache_mb", c.kv_cache_mb, 1)
+    if c.device == "cpu":
+        hint = "the CPU's engine is one process; launcher.threads_per_worker gives it more cores"
+        _require(c.tensor_parallel_size == 1, "engine.tensor_parallel_size", c.tensor_parallel_size, "1", hint)
+        nccl = c.weight_transport is WeightTransport.nccl
+        hint = "NCCL broadcasts between GPUs; use shared_memory, or engine.device=cuda"
+        _require(not nccl, "engine.weight_transport", c.weight_transport.value, "shared_memory on the CPU", hint)
+    else:
+        hint = "Ray says which GPUs a process sees: leave the number out"
+        _require(c.device == "cuda", "engine.device", c.device, "cpu or cuda with engine=vllm", hint)
+
+
+def _engine_in_place(config: Config) -> None:
+    """vLLM beside launcher and learner."""
+    if not isinstance(config.engine, VLLMEngineConfig):
+        return
+    hint = "inline runs are deterministic, and vLLM's scheduler is not; use launcher=ray or engine=transformers"
+    _require(isinstance(config.launcher, RayLauncherConfig), "launcher", "inline", "ray with engine=vllm", hint)
+    if config.engine.weight_transport is WeightTransport.nccl:
+        device, hint = config.learner.device, "it broadcasts from the learner's GPU; use learner.device=cuda"
+        _require(device != "cpu", "learner.device", device, "a GPU with engine.weight_transport=nccl", hint)
 
 
 def _learner(c: LearnerConfig, task: TaskConfig) -> None:
@@ -195,6 +235,7 @@ def _learner(c: LearnerConfig, task: TaskConfig) -> None:
     _require(value >= longest, key, value, bound, "one response has to fit into a pass; shorten it or raise this")
     _at_least("learner.logprob_chunk_tokens", c.logprob_chunk_tokens, 1)
     _at_least("learner.threads", c.threads, 1)
+    _at_least("learner.mismatch_versions", c.mismatch_versions, 0, "0 compares only tokens of the present weights")
     _device("learner.device", c.device)
 
 

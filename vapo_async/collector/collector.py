@@ -8,7 +8,7 @@ from tensordict import LazyStackedTensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vapo_async.collector.engine import Engine, GenerationRequest
+from vapo_async.collector.engine import Engine, ExactEngine, GenerationRequest
 from vapo_async.responses import copy_of, pack_responses, unpack_responses
 from vapo_async.schema import (
     Prompt,
@@ -150,6 +150,7 @@ class Collector:
 
     def state_dict(self) -> State:
         """Between two decode steps: the groups in flight with their prompts and finished responses, and the engine."""
+        assert isinstance(self._engine, ExactEngine), "the configuration is checked for it"
         engine = self._engine.state_dict()
         finished = pack_responses([r for running in self._running.values() for r in running.responses.values()])
         groups = [
@@ -172,6 +173,7 @@ class Collector:
         Raises:
             ConfigError: a saved response is longer than the engine allows.
         """
+        assert isinstance(self._engine, ExactEngine), "the configuration is checked for it"
         self._engine.load_state_dict(State(state.data["engine"], under(state.tensors, "engine")))
         finished = iter(unpack_responses(State(state.data["finished"], under(state.tensors, "finished"))))
         for group in state.data["groups"]:
@@ -186,6 +188,10 @@ class Collector:
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Swaps the weights under the responses in flight."""
         self._engine.load_weights(version, tensors)
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self._engine.close()
 
     def _finish(self, running: _RunningGroup) -> FinishedGroup:
         responses: Sequence[Response] = [running.responses[i] for i in range(self._group_size)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -73,11 +73,17 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Completion]:
-        """One decode step of every response in flight; returns those that it finished. No-op when idle."""
+        """One decode step of every response in flight; returns those that it finished. No-op when idle.
+
+        An engine in a process of its own makes its steps unasked: this waits for the end of the next one.
+
+        Raises:
+            RunError: the engine's process is gone.
+        """
         ...
 
     def seed(self, seed: int) -> None:
-        """Starts the sampling generator anew."""
+        """Starts the sampling generator anew; an engine whose schedule depends on timing draws other tokens still."""
         ...
 
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
@@ -95,6 +101,15 @@ class Engine(Protocol):
         have their own.
         """
         ...
+
+    def close(self) -> None:
+        """Ends whatever runs outside of this process; what is unfinished is lost."""
+        ...
+
+
+@runtime_checkable
+class ExactEngine(Engine, Protocol):
+    """An engine whose next tokens are a function of its state: a run can be resumed bit for bit."""
 
     def state_dict(self) -> State:
         """Between two decode steps: everything that the next tokens depend on but the weights and their version.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from vapo_async.collector.engine import GenerationRequest
-from vapo_async.collector.slots import Sample
+from vapo_async.collector.samples import Sample
 from vapo_async.responses import pack_responses, unpack_responses
 from vapo_async.state import State, under
 

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from vapo_async.collector.engine import Completion, GenerationRequest
 from vapo_async.collector.engine_state import pack_samples, unpack_samples
 from vapo_async.collector.prefill import prefill
-from vapo_async.collector.slots import Sample, Slots, samples_of
+from vapo_async.collector.samples import Sample, samples_of
+from vapo_async.collector.slots import Slots
 from vapo_async.config import ConfigError, KVCacheOnUpdate
 from vapo_async.responses import copy_of
 from vapo_async.schema import FinishReason, Response
@@ -143,6 +144,9 @@ class TransformersEngine:
         in_flight = [self._slots.response(slot, FinishReason.ABORTED) for slot in self._slots_of(request_id)]
         elsewhere = [s for s in (*self._waiting, *self._finished) if s.request.request_id == request_id]
         return in_flight + [copy_of(s.response) for s in elsewhere]
+
+    def close(self) -> None:
+        """Nothing runs outside of this process."""
 
     def state_dict(self) -> State:
         in_flight = [self._slots.sample(slot) for slot in range(len(self._slots))]

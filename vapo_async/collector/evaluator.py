@@ -35,6 +35,10 @@ class Evaluator:
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
         self._engine.load_weights(version, tensors)
 
+    def close(self) -> None:
+        """Ends the engine."""
+        self._engine.close()
+
     def sample(self, prompts: Sequence[tuple[int, ...]], samples: int) -> list[SampledResponses]:
         """Responses in the order of the prompts."""
         done = dict(self.stream(prompts, samples))
