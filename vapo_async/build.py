@@ -4,7 +4,7 @@ Every random source gets a seed of its own, derived from ``config.seed`` and the
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from vapo_async.config import (
     TorchLearnerConfig,
     TransformersEngineConfig,
     VLLMEngineConfig,
+    WarmStartModelConfig,
     resolved_engine_dtype,
     resolved_lead,
     resolved_max_mismatch,
@@ -34,10 +35,12 @@ from vapo_async.config_algorithm import AdvantageKind
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, check_log_probs
-from vapo_async.models.load import check_device, load_policy, load_tokenizer
+from vapo_async.models.load import check_device, ensure_model, ensure_tokenizer, load_policy, load_tokenizer
+from vapo_async.models.warm_start import ensure_warm_start
 from vapo_async.prompts.stream import PromptStream
 from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.prompts.template import render
+from vapo_async.prompts.worked import worked_examples
 from vapo_async.schema import Problem
 from vapo_async.verifier.scoring import TaskVerifier
 from vapo_async.weights.shared_memory import shared
@@ -50,6 +53,19 @@ class BaseModel:
 
     model: Path
     tokenizer: Path
+
+
+def ensure_base(config: Config, note: Callable[[str], None]) -> BaseModel:
+    """The base policy's folders; made, fetched and warm-started where they are not there yet."""
+    model = config.model
+    folder = ensure_model(model, note)
+    base = BaseModel(folder, ensure_tokenizer(model, folder))
+    if not isinstance(model, WarmStartModelConfig) or model.warm_start_steps == 0:
+        return base
+    count = model.warm_start_steps * model.warm_start_batch_size
+    examples = worked_examples(config.task, load_tokenizer(base.tokenizer), count, model.warm_start_seed)
+    folder = ensure_warm_start(base.model, base.tokenizer, model, examples, note)
+    return BaseModel(folder, ensure_tokenizer(model, folder))
 
 
 def derived_seed(seed: int, name: str) -> int:

@@ -202,8 +202,8 @@ class EngineConfig:
     max_slots: int = 128
     """Responses decoded together."""
     max_mismatch: float | None = None
-    """Mean difference in nats between engine's and learner's log-probs that the first measured batch may have; null =
-    0.002 where both compute in float32, else 0.05. More stops the run."""
+    """Mean difference in nats between engine's and learner's log-probs, of the policy that a run starts with and of the
+    first one published; more stops the run. null = 0.002 where both compute in float32, else 0.1."""
 
 
 @dataclass
@@ -408,7 +408,10 @@ class ConfigError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on, told in one line: who failed or waited for whom, and what to do."""
+    """A run that cannot go on, told in one line: who failed or waited for whom, and what to do.
+
+    Lines below the first are evidence.
+    """
 
 
 def resolved_lead(buffer: BufferConfig) -> int:
@@ -417,10 +420,10 @@ def resolved_lead(buffer: BufferConfig) -> int:
 
 
 def resolved_max_mismatch(config: Config) -> float:
-    """Nats: the configured limit, or 0.002 where engine and learner both compute in float32, else 0.05."""
+    """Nats: the configured limit, or 0.002 where engine and learner both compute in float32, else 0.1."""
     if config.engine.max_mismatch is not None:
         return config.engine.max_mismatch
-    return 0.002 if config.model.dtype == resolved_engine_dtype(config) == "float32" else 0.05
+    return 0.002 if config.model.dtype == resolved_engine_dtype(config) == "float32" else 0.1
 
 
 def resolved_engine_dtype(config: Config) -> str:

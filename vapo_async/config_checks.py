@@ -38,6 +38,7 @@ def check_config(config: Config) -> None:
     _algorithm(config.algorithm)
     _task(config.task)
     _model(config.model)
+    _warm_start(config)
     _engine(config.engine)
     _learner(config.learner, config.task)
     cache, longest = config.algorithm.overlong_cache, config.task.max_response_tokens
@@ -183,6 +184,12 @@ def _model(c: ModelConfig) -> None:
             _at_least("model.warm_start_seed", c.warm_start_seed, 0)
     if isinstance(c, FolderModelConfig):
         _require(c.path != "", "model.path", c.path, "a Hugging Face folder or hub name")
+
+
+def _warm_start(config: Config) -> None:
+    if isinstance(config.model, WarmStartModelConfig) and not isinstance(config.task, ChainSumTaskConfig):
+        steps, hint = config.model.warm_start_steps, "only that task has worked solutions to train on"
+        _require(steps == 0, "model.warm_start_steps", steps, "0 without task=chain_sum", hint)
 
 
 def _engine(c: EngineConfig) -> None:

@@ -6,21 +6,23 @@
 import math
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vapo_async.build import BaseModel, HeldOut, build_evaluator, build_heldout, build_verifier
+from vapo_async.build import BaseModel, HeldOut, build_evaluator, build_heldout, build_verifier, ensure_base
 from vapo_async.checkpoint import CHECKPOINTS, list_checkpoints, newest_whole
-from vapo_async.config import Config, ConfigError, FolderModelConfig
+from vapo_async.collector.vllm_environment import check_vllm
+from vapo_async.config import Config, ConfigError, FolderModelConfig, VLLMEngineConfig
 from vapo_async.config_load import load_config, read_config, to_dict
 from vapo_async.config_saved import CONFIG_FILE, lay_over
 from vapo_async.learner.checkpoint import POLICY_FOLDER
 from vapo_async.metrics.console import format_duration
 from vapo_async.metrics.evaluation import avg_at_k, avg_at_k_stderr, mean_pass_at_k
-from vapo_async.models.load import ensure_model, ensure_tokenizer, load_tokenizer
+from vapo_async.models.load import load_tokenizer
 from vapo_async.prompts.tasks import build_task
 from vapo_async.stages import Scorer
 from vapo_async.verifier.scoring import ScoreRequest
@@ -136,11 +138,12 @@ def evaluate_model(config: Config, note: Callable[[str], None], progress: Callab
         config: its ``model`` is what is evaluated; torch gets ``learner.threads`` threads.
         note: told what stays on the screen; ``progress``: told where things stand, often.
     """
+    if isinstance(config.engine, VLLMEngineConfig):
+        check_vllm()
     torch.set_num_threads(config.learner.threads)
     settings = config.evaluation
     task = build_task(config.task, config.seed)
-    folder = ensure_model(config.model, note)
-    base = BaseModel(folder, ensure_tokenizer(config.model, folder))
+    base = ensure_base(config, note)
     fitting = build_heldout(config, task, load_tokenizer(base.tokenizer), len(task.heldout))
     asked = settings.problems
     heldout = HeldOut(fitting.problems[:asked], fitting.prompts[:asked])
@@ -152,7 +155,7 @@ def evaluate_model(config: Config, note: Callable[[str], None], progress: Callab
     ks = [k for k in (2**i for i in range(settings.samples.bit_length())) if k < settings.samples]
     tokens = sum(sampled.lengths) + sum(greedy.lengths)
     return Evaluation(
-        model=str(folder),
+        model=str(base.model),
         task=task.name,
         problems=len(heldout.problems),
         left_out=len(task.heldout) - len(fitting.problems),
@@ -202,19 +205,19 @@ class _Pass:
     def run(
         self, config: Config, base: BaseModel, heldout: HeldOut, verifier: Scorer, samples: int, line: _ProgressLine
     ) -> "_Pass":
-        evaluator = build_evaluator(config, base)
-        self.correct = [[] for _ in heldout.problems]
-        since = time.perf_counter()
-        for place, responses in evaluator.stream(heldout.prompts, samples):
-            self.generation_s += time.perf_counter() - since
-            self.lengths += responses.lengths
-            self.truncated += responses.truncated
-            problem = heldout.problems[place]
-            pairs = zip(responses.texts, responses.lengths, strict=True)
-            scores = verifier.score([ScoreRequest(problem, text, length) for text, length in pairs])
-            self.correct[place] = [score.correct for score in scores]
-            line.update(self, samples)
+        with closing(build_evaluator(config, base)) as evaluator:
+            self.correct = [[] for _ in heldout.problems]
             since = time.perf_counter()
+            for place, responses in evaluator.stream(heldout.prompts, samples):
+                self.generation_s += time.perf_counter() - since
+                self.lengths += responses.lengths
+                self.truncated += responses.truncated
+                problem = heldout.problems[place]
+                pairs = zip(responses.texts, responses.lengths, strict=True)
+                scores = verifier.score([ScoreRequest(problem, text, length) for text, length in pairs])
+                self.correct[place] = [score.correct for score in scores]
+                line.update(self, samples)
+                since = time.perf_counter()
         return self
 
 

@@ -6,8 +6,13 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from vapo_async.config import RunError
 from vapo_async.schema import Response
 from vapo_async.state import State
+
+
+class EngineDiedError(RunError):
+    """The process that an engine runs in has ended: the engine is of no more use, another one may be."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Engine(Protocol):
         An engine in a process of its own makes its steps unasked: this waits for the end of the next one.
 
         Raises:
-            RunError: the engine's process is gone.
+            EngineDiedError: the engine's process is gone.
         """
         ...
 

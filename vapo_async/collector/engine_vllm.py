@@ -16,7 +16,7 @@ from vllm.sampling_params import RequestOutputKind
 from vapo_async.collector.engine import Completion, GenerationRequest
 from vapo_async.collector.samples import Sample, samples_of, settled
 from vapo_async.collector.vllm_process import SampleOutput, VLLMProcess
-from vapo_async.collector.vllm_settings import engine_args
+from vapo_async.collector.vllm_settings import engine_args, parameter_shapes
 from vapo_async.config import KVCacheOnUpdate, VLLMEngineConfig
 from vapo_async.responses import copy_of
 from vapo_async.schema import FinishReason, Response
@@ -60,6 +60,7 @@ class VLLMEngine:
         self._version = 0
         self._samples: dict[str, Sample] = {}  # in vLLM, by the name of their request there
         self._finished: deque[Completion] = deque()  # not handed out yet
+        self._shapes = parameter_shapes(model)
         args = engine_args(model, config, dtype=dtype, max_length=max_length, seed=_seed32(seed), backend=backend)
         self._process = VLLMProcess(args, version=0)
 
@@ -116,6 +117,7 @@ class VLLMEngine:
         if tensors is None:
             self._process.label(version)
         else:
+            self._check_shapes(version, tensors)
             with self._share(tensors) as path:
                 self._process.load(path, version, clear_cache=self._recompute)
         self._version = version
@@ -138,6 +140,17 @@ class VLLMEngine:
 
     def close(self) -> None:
         self._process.close()
+
+    def _check_shapes(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+        """Before vLLM is touched: it takes a layer with parts missing, and is of no more use after a wrong shape."""
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        missing, unexpected = sorted(self._shapes.keys() - found.keys()), sorted(found.keys() - self._shapes.keys())
+        reshaped = [name for name, shape in self._shapes.items() if found.get(name, shape) != shape]
+        if missing or unexpected or reshaped:
+            raise ValueError(
+                f"weights of version {version} do not fit the engine's model: missing {missing[:3]}, "
+                f"unexpected {unexpected[:3]}, of another shape {reshaped[:3]}"
+            )
 
     def _names_of(self, request_id: int) -> list[str]:
         return [name for name, sample in self._samples.items() if sample.request.request_id == request_id]

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections import deque
 from collections.abc import Coroutine, Iterable, Sequence
 from contextlib import suppress
@@ -20,6 +21,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import IterationStats, SchedulerStats
 
+from vapo_async.collector.engine import EngineDiedError
 from vapo_async.config import RunError
 
 T = TypeVar("T")
@@ -54,7 +56,7 @@ class VLLMProcess:
         version: label of the weights that it starts with.
 
     Raises:
-        RunError: from every call, once the engine's process is gone.
+        EngineDiedError: from every call, once the engine's process is gone.
     """
 
     def __init__(self, args: AsyncEngineArgs, version: int) -> None:
@@ -64,6 +66,9 @@ class VLLMProcess:
         self._running: dict[str, _Running] = {}  # of the loop's thread
         self.generated_tokens = 0
         """Tokens sampled so far."""
+        self.last_pause_s = 0.0
+        """Seconds for which the last swap of weights kept the engine from sampling; 0 before the first."""
+        self._iterated_at = 0.0
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="vllm", daemon=True)
         self._thread.start()
@@ -123,7 +128,7 @@ class VLLMProcess:
     def close(self) -> None:
         """Ends the engine's process. Closing twice is fine."""
         if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._llm.shutdown)
+            asyncio.run_coroutine_threadsafe(self._shut_down(), self._loop).result()
             self._stop_loop()
 
     async def _start_engine(self, args: AsyncEngineArgs, label: str) -> AsyncLLM:
@@ -138,6 +143,7 @@ class VLLMProcess:
     def iterated(self, tokens: int) -> None:
         """The engine has made an iteration that sampled so many tokens."""
         self.generated_tokens += tokens
+        self._iterated_at = time.monotonic()
         self._news.set()
 
     async def _generate(
@@ -180,7 +186,9 @@ class VLLMProcess:
 
     async def _load(self, path: str, label: str, clear_cache: bool) -> None:
         llm = self._llm
+        called = time.monotonic()
         await llm.pause_generation(mode="keep", clear_cache=clear_cache)
+        paused = max(called, self._iterated_at)  # the iteration that was under way has ended as any other
         try:
             await llm.start_weight_update()
             await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
@@ -190,6 +198,7 @@ class VLLMProcess:
         except Exception as error:  # vLLM's own type for whatever happened in its process
             raise RunError(f"vLLM did not take the weights of version {label}: {error}; its log says more") from error
         await llm.resume_generation()
+        self.last_pause_s = time.monotonic() - paused
 
     def _call(self, work: Coroutine[Any, Any, T]) -> T:
         """Runs ``work`` in the loop's thread; its result."""
@@ -211,6 +220,14 @@ class VLLMProcess:
             raise _dead() from self._failure
         if self._failure is not None:
             raise RunError(f"vLLM refused a request: {self._failure}") from self._failure
+
+    async def _shut_down(self) -> None:
+        self._llm.shutdown()
+        tasks = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in tasks:
+            task.cancel()
+        if tasks:  # a loop that stops before they have ended leaves complaints in the log
+            await asyncio.wait(tasks, timeout=_LOOK_AT_ENGINE_S)
 
     def _stop_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -244,5 +261,5 @@ def _sample_output(output: CompletionOutput) -> SampleOutput:
     return SampleOutput(tokens, list(log_probs.logprobs) if tokens else [], spans, str(output.finish_reason))
 
 
-def _dead() -> RunError:
-    return RunError("vLLM's engine process died")
+def _dead() -> EngineDiedError:
+    return EngineDiedError("vLLM's engine process died")

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 
@@ -53,6 +54,13 @@ def engine_args(
     else:
         args.gpu_memory_utilization = config.gpu_memory_utilization
     return args
+
+
+def parameter_shapes(model: Path) -> dict[str, tuple[int, ...]]:
+    """Of a Hugging Face folder's model by the names that are published, tied ones once; its weights are not read."""
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model))
+    return {name: tuple(parameter.shape) for name, parameter in empty.named_parameters()}
 
 
 def full_cache_bytes(model: Path, slots: int, max_length: int, dtype: str) -> int:

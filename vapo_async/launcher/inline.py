@@ -170,7 +170,8 @@ class InlineStages:
         """What the state of engine and collector is good for."""
         config = to_dict(self._config)
         task = {key: config["task"][key] for key in ("max_prompt_tokens", "max_response_tokens")}
-        return {"engine": config["engine"], "max_staleness": config["buffer"]["max_staleness"], **task}
+        engine = {key: value for key, value in config["engine"].items() if key != "max_mismatch"}
+        return {"engine": engine, "max_staleness": config["buffer"]["max_staleness"], **task}
 
     def _load_exactly(self, folder: Path, state: dict[str, Any]) -> None:
         self.collector.load_weights(state["version"], published_tensors(self.learner.policy))

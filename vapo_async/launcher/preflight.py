@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from vapo_async.checkpoint import find_resume
-from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig
+from vapo_async.collector.vllm_environment import check_vllm
+from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig, VLLMEngineConfig
 from vapo_async.config_load import load_config
 from vapo_async.config_saved import resumed_config
 from vapo_async.launcher.schedule import Turn, replayed
@@ -44,6 +45,8 @@ def preflight(config: Config) -> None:
             f"model.dtype must be float32 for training, found '{config.model.dtype}': the learner keeps no fp32 master "
             "weights yet, so small updates would be rounded away"
         )
+    if isinstance(config.engine, VLLMEngineConfig):
+        check_vllm()
     resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
     check_writable(Path(config.runs_dir))
     if resumed is not None and not os.access(resumed, os.W_OK | os.X_OK):

@@ -3,17 +3,19 @@
 ``alive`` has a thread of its own in every one of them: who called it learns of the actor's death at once.
 """
 
+import os
 import threading
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor
 
 from vapo_async.build import BaseModel, build_evaluator, build_heldout, build_learner, build_verifier
+from vapo_async.collector.engine import EngineDiedError
 from vapo_async.config import Config
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import UpdateResult
@@ -23,6 +25,7 @@ from vapo_async.schema import Score
 from vapo_async.stages import EvaluationResult, evaluate, verifier_counters
 from vapo_async.verifier.scoring import ScoreRequest
 from vapo_async.weights.mailbox import published_tensors
+from vapo_async.weights.travel import Arrays, to_arrays, to_tensors
 
 WATCH = "watch"
 """Concurrency group of ``alive``."""
@@ -69,9 +72,9 @@ class LearnerActor(_Watched):
         return self._learner.update(trajectories, version)
 
     @ray.method(num_returns=2)
-    def weights(self) -> tuple[None, dict[str, Tensor]]:
+    def weights(self) -> tuple[None, Arrays]:
         """Two references: the first one says that the second one is there, without fetching it."""
-        return None, published_tensors(self._learner.policy)
+        return None, to_arrays(published_tensors(self._learner.policy))
 
     def save(self, folder: Path) -> None:
         save_learner(self._learner, self._tokenizer, folder)
@@ -102,9 +105,13 @@ class EvaluatorActor(_Watched):
         tokenizer = load_tokenizer(base.tokenizer)
         self._heldout = build_heldout(config, task, tokenizer, config.evaluation.problems)
 
-    def evaluate(self, step: int, tensors: Mapping[str, Tensor] | None, verifier: Any) -> EvaluationResult:
-        """``tensors=None``: the base, which the engine starts with."""
-        if tensors is not None:
-            self._evaluator.load_weights(step, tensors)
+    def evaluate(self, step: int, weights: Arrays | None, verifier: Any) -> EvaluationResult:
+        """``weights=None``: the base, which the engine starts with."""
         samples = self._config.evaluation.samples
-        return evaluate(self._evaluator, _RemoteScorer(verifier), self._heldout, step=step, samples=samples)
+        try:
+            if weights is not None:
+                self._evaluator.load_weights(step, to_tensors(weights))
+            return evaluate(self._evaluator, _RemoteScorer(verifier), self._heldout, step=step, samples=samples)
+        except EngineDiedError:
+            traceback.print_exc()
+            os._exit(1)  # with it: Ray starts another process, which has an engine, and repeats the call there

@@ -64,5 +64,7 @@ def reason(error: BaseException) -> str:
         return "its process died"
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines()
+        if isinstance(error.cause, RunError):  # written to be read
+            return lines[0]
         return f"it raised {type(error.cause).__name__}" + (f": {lines[0]}" if lines else "")
     return str(error)

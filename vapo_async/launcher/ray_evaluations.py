@@ -1,7 +1,10 @@
 """Held-out evaluations on their way: what came of them, and an evaluator that begins anew when one is overdue."""
 
+import math
 import time
-from dataclasses import dataclass
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray
@@ -15,17 +18,23 @@ from vapo_async.launcher.ray_inbox import Call, Inbox
 from vapo_async.stages import EvaluationResult, StageTimeoutError
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Evaluation:
-    """One that was asked for; ``deadline`` is when it has to have ended, ``time.monotonic``."""
+    """One that was asked for, or will be once the one before it has ended."""
 
-    reference: Any
-    call: Call
-    deadline: float
+    step: int
+    tensors: Any | None
+    reference: Any = None
+    """Of the answer; None: not asked for."""
+    deadline: float = math.inf
+    """When it has to have ended, ``time.monotonic``."""
+    call: Call = field(default_factory=Call)
 
 
 class Evaluations:
-    """In the order of their start; see :class:`vapo_async.stages.Stages`.
+    """One after the other, in the order of their start; see :class:`vapo_async.stages.Stages`.
+
+    The evaluator is asked for one at a time: calls that a process leaves behind as it dies Ray repeats in any order.
 
     Args:
         inbox: what the driver waits on.
@@ -42,9 +51,8 @@ class Evaluations:
 
     def start(self, step: int, tensors: Any | None) -> None:
         """``tensors``: a reference to the policy; None for the base."""
-        reference = self._evaluator.evaluate.remote(step, tensors, self._verifier)
-        deadline = time.monotonic() + self._launcher.evaluation_timeout_s
-        self._started.append(_Evaluation(reference, self._inbox.call(reference), deadline))
+        self._started.append(_Evaluation(step, tensors))
+        self._ask()
 
     @property
     def running(self) -> int:
@@ -67,8 +75,25 @@ class Evaluations:
             if finished and (call.future is None or call.future.exception() is not None):
                 break  # the next call tells of it: an error would take the place of what is finished
             self._started.pop(0)
-            finished.append(self._result(evaluation))
+            try:
+                finished.append(self._result(evaluation))
+            finally:
+                self._ask()
         return finished
+
+    def _ask(self) -> None:
+        """Has the evaluator go on with the next one, unless it is busy."""
+        waiting = [evaluation for evaluation in self._started if not evaluation.call.done]
+        if not waiting or waiting[0].reference is not None:
+            return
+        evaluation = waiting[0]
+        evaluation.reference = self._evaluator.evaluate.remote(evaluation.step, evaluation.tensors, self._verifier)
+        evaluation.deadline = time.monotonic() + self._launcher.evaluation_timeout_s
+        self._inbox.watch(evaluation.reference, partial(self._on_answer, evaluation))
+
+    def _on_answer(self, evaluation: _Evaluation, future: Future[Any]) -> None:
+        evaluation.call.answered(future)
+        self._ask()
 
     def _result(self, evaluation: _Evaluation) -> EvaluationResult:
         """Of one that has ended. One that is overdue ends here: the evaluator begins anew, without it."""

@@ -3,14 +3,12 @@
 import queue
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from ray.exceptions import ObjectLostError, RayActorError, RayTaskError
-from torch import Tensor
 
 from vapo_async.build import BaseModel, build_collector
 from vapo_async.collector.collector import FinishedGroup
@@ -30,6 +28,7 @@ from vapo_async.schema import (
 )
 from vapo_async.stages import StageDiedError, score_requests, write_scores
 from vapo_async.weights.mailbox import Mailbox
+from vapo_async.weights.travel import Arrays, to_tensors
 
 
 @dataclass
@@ -75,9 +74,9 @@ class RolloutActor:
     def ping(self) -> None:
         """Returns once the actor is up."""
 
-    def publish(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
-        """Weights for the next decode step."""
-        self._mailbox.publish(version, tensors)
+    def publish(self, version: int, weights: Arrays | None) -> None:
+        """Weights for the next decode step; None: those of the version before."""
+        self._mailbox.publish(version, None if weights is None else to_tensors(weights))
         self._inbox.put(_Message("wake"))
 
     def progress(self) -> Progress:
@@ -98,6 +97,7 @@ class RolloutActor:
 
         Returns what a stage that it talks to raised, if one did; raises what the engine does.
         """
+        self._watchdog.alive()  # the engine may hang before its first step
         self._collector.seed(seed)
         with self._lock:
             self._running = True

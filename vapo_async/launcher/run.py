@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from vapo_async.build import BaseModel, build_heldout
+from vapo_async.build import BaseModel, build_heldout, ensure_base
 from vapo_async.checkpoint import find_resume, newest_whole
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig, RunError
 from vapo_async.launcher.inline import InlineStages
@@ -16,7 +16,7 @@ from vapo_async.launcher.schedule import SCHEDULE_FILE
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import check_loggers
 from vapo_async.metrics.summary import Summary
-from vapo_async.models.load import check_loadable, check_model_folder, ensure_model, ensure_tokenizer, load_tokenizer
+from vapo_async.models.load import check_loadable, check_model_folder, load_tokenizer
 from vapo_async.pipeline import DISK_ERRORS, train
 from vapo_async.prompts.tasks import Task, build_task
 from vapo_async.stages import Stages
@@ -34,8 +34,7 @@ def launch(config: Config, console: Console, overrides: Sequence[str] = ()) -> t
     preflight(config)
     check_loggers(config.logging)
     task = build_task(config.task, config.seed)
-    folder = ensure_model(config.model, console.note)
-    base = BaseModel(folder, ensure_tokenizer(config.model, folder))
+    base = ensure_base(config, console.note)
     check_base(config, base, task)
     if task.overlap_removed:
         console.note(f"left out {task.overlap_removed} training problems that are held-out ones too")

@@ -28,12 +28,6 @@ def batch_metrics(batch: LearnerBatch) -> dict[str, float]:
     }
 
 
-def engine_mismatch(batch: LearnerBatch) -> dict[str, float]:
-    """Engine log-prob against the learner's where both had the same weights: tokens of age 0, if there are any."""
-    gap = (batch.prox_log_prob - batch.sample_log_prob)[batch.mask & (batch.age == 0)].abs()
-    return {"engine_mismatch_max": float(gap.max())} if len(gap) else {}
-
-
 def critic_metrics(batch: LearnerBatch) -> dict[str, float]:
     """Explained variance over all tokens, and by token age and response length where there are any."""
     args = batch.state_value, batch.value_target, batch.mask

@@ -13,8 +13,9 @@ from vapo_async.config import TorchLearnerConfig
 from vapo_async.config_algorithm import AlgorithmConfig, ImportanceKind, MismatchKind, ValueTargetKind
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.batch import LearnerBatch
-from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics, engine_mismatch
+from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics
 from vapo_async.learner.estimates import write_advantages, write_value_targets
+from vapo_async.learner.mismatch import Decode, MismatchMeter
 from vapo_async.learner.models import Critic, policy_log_probs
 from vapo_async.learner.packing import microbatches, minibatches
 from vapo_async.objectives.importance import m2po_keep
@@ -57,6 +58,8 @@ class Learner:
         critic: None exactly where ``algorithm.advantage`` is ``group``.
         temperature: the engine's sampling temperature, applied to the learner's log-probs too.
         seed: of the mini-batch shuffling.
+        max_mismatch: nats, mean difference to the engine's log-probs that a start may have; None = no check.
+        decode: texts of tokens, for that check's error.
     """
 
     def __init__(
@@ -68,6 +71,8 @@ class Learner:
         *,
         temperature: float,
         seed: int,
+        max_mismatch: float | None = None,
+        decode: Decode | None = None,
     ) -> None:
         self._algorithm, self._config, self._temperature = algorithm, config, temperature
         self._device = torch.device(config.device)
@@ -78,6 +83,7 @@ class Learner:
         self.critic = None if critic is None else critic.to(self._device).eval()
         self.policy_backend = _backend(self.policy, algorithm.policy_lr, algorithm)
         self.critic_backend = None if self.critic is None else _backend(self.critic, algorithm.critic_lr, algorithm)
+        self._mismatch = MismatchMeter(self.policy, config, temperature=temperature, limit=max_mismatch, decode=decode)
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = 0
         """Batches learned from so far, value pretraining included."""
@@ -90,22 +96,28 @@ class Learner:
         return self.batches < self._algorithm.value_pretraining_steps
 
     def update(self, trajectories: Sequence[TensorDictBase], version: int) -> UpdateResult:
-        """Learns from one batch. ``version`` is the policy's version now, for the engine-mismatch metrics.
+        """Learns from one batch. ``version`` is the policy's version now, which the tokens' versions compare with.
 
         Raises:
+            EngineMismatchError: engine and learner disagree at the start; nothing was learned from the batch.
             LearnerDivergedError: a gradient norm is not finite; nothing was stepped with it.
         """
         batch = LearnerBatch.from_trajectories(trajectories, self._device, version)
         if self._algorithm.overlong_filter:
             batch.leave_out_truncated()
         pretraining = self.in_value_pretraining
-        metrics = batch_metrics(batch) | self._evaluate(batch, pretraining)
+        needs_prox = pretraining or _needs_prox(self._algorithm)
+        metrics = batch_metrics(batch) | self._evaluate(batch, pretraining, needs_prox)
+        stepped = self.policy_backend.step_count > 0
+        metrics |= self._mismatch.measure(batch, version, evaluated=needs_prox, trained=stepped)
         write_advantages(batch, self._algorithm)
         if self.critic is not None:
             write_value_targets(batch, self._algorithm, pretraining=pretraining)
             metrics |= critic_metrics(batch)
             if pretraining:
                 self.pretraining_variances.append(metrics["explained_variance"])
+        if not pretraining and bool(batch.trained.any()):
+            self._mismatch.policy_changes(version)
         before = self.policy_backend.step_count, self._critic_steps()
         history: list[dict[str, float]] = []
         for _ in range(self._algorithm.epochs):
@@ -131,10 +143,9 @@ class Learner:
         return 0 if self.critic_backend is None else self.critic_backend.step_count
 
     @torch.no_grad()
-    def _evaluate(self, batch: LearnerBatch, pretraining: bool) -> dict[str, float]:
+    def _evaluate(self, batch: LearnerBatch, pretraining: bool, needs_prox: bool) -> dict[str, float]:
         """Writes ``prox_log_prob``, ``ref_log_prob`` and ``state_value`` with the weights of the start of the batch."""
         entropy = torch.zeros_like(batch.sample_log_prob)
-        needs_prox = pretraining or _needs_prox(self._algorithm)
         for rows in microbatches(batch.lengths, self._config.max_tokens_per_microbatch):
             tokens, mask = self._rows(batch, rows)
             width = tokens.shape[1]
@@ -145,9 +156,7 @@ class Learner:
                 batch.ref_log_prob[rows, :width] = self._log_probs(self._reference, tokens, mask)[0]
             if self.critic is not None:
                 batch.state_value[rows, :width] = self.critic(tokens, mask)
-        if not needs_prox:
-            return {}
-        return {"entropy": float(entropy[batch.mask].mean())} | engine_mismatch(batch)
+        return {"entropy": float(entropy[batch.mask].mean())} if needs_prox else {}
 
     def _minibatch(self, batch: LearnerBatch, rows: list[int], pretraining: bool) -> dict[str, float]:
         """One optimizer step of the policy, K of the critic; denominators are global to ``rows``."""

@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import signal
 from typing import Final
 
@@ -21,6 +22,9 @@ def register() -> None:
         return
     module = "vapo_async.weights.vllm_receiver"
     WeightTransferEngineFactory.register_engine(BACKEND, module, "SharedMemoryReceiver")
-    if multiprocessing.parent_process() is not None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
         # Otherwise an engine whose owner is killed would go on, and hold its memory.
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent.pid:  # killed before that
+            os.kill(os.getpid(), signal.SIGKILL)
