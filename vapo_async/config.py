@@ -28,13 +28,6 @@ class KVCacheOnUpdate(Enum):
     recompute = "recompute"  # prefill again with the new weights
 
 
-class WeightTransport(Enum):
-    """How published weights get into vLLM's processes."""
-
-    shared_memory = "shared_memory"  # through a file in memory, on the engine's node
-    nccl = "nccl"  # broadcast from the learner's GPU to the engines'
-
-
 class OnStraggler(Enum):
     """What becomes of a group that a batch waits for (docs/staleness.md)."""
 
@@ -225,7 +218,6 @@ class VLLMEngineConfig(EngineConfig):
     """MiB of the KV cache; null = all slots at full length (CPU), what ``gpu_memory_utilization`` leaves (GPU)."""
     enforce_eager: bool = False
     """Does without compiled graphs: quicker to start, slower on GPUs. The CPU has none."""
-    weight_transport: WeightTransport = WeightTransport.shared_memory
 
 
 @dataclass
@@ -281,7 +273,7 @@ class RayLauncherConfig(LauncherConfig):
     """GPUs that Ray reserves for each actor whose device is not the CPU; below 1 they share one."""
     connect_timeout_s: float = 20.0
     """Seconds, limit for an existing cluster to answer."""
-    start_timeout_s: float = 120.0
+    start_timeout_s: float = 300.0
     """Seconds, limit for all actors together to come up."""
     evaluation_timeout_s: float = 3600.0
     """Limit for one held-out evaluation; one that takes longer costs its number, not the run."""

@@ -27,7 +27,6 @@ from vapo_async.config import (
     VerifierConfig,
     VLLMEngineConfig,
     WarmStartModelConfig,
-    WeightTransport,
 )
 from vapo_async.config_algorithm import AdvantageKind, AlgorithmConfig, ImportanceKind, ValueTargetKind
 
@@ -216,9 +215,6 @@ def _vllm(c: VLLMEngineConfig) -> None:
     if c.device == "cpu":
         hint = "the CPU's engine is one process; launcher.threads_per_worker gives it more cores"
         _require(c.tensor_parallel_size == 1, "engine.tensor_parallel_size", c.tensor_parallel_size, "1", hint)
-        nccl = c.weight_transport is WeightTransport.nccl
-        hint = "NCCL broadcasts between GPUs; use shared_memory, or engine.device=cuda"
-        _require(not nccl, "engine.weight_transport", c.weight_transport.value, "shared_memory on the CPU", hint)
     else:
         hint = "Ray says which GPUs a process sees: leave the number out"
         _require(c.device == "cuda", "engine.device", c.device, "cpu or cuda with engine=vllm", hint)
@@ -230,9 +226,11 @@ def _engine_in_place(config: Config) -> None:
         return
     hint = "inline runs are deterministic, and vLLM's scheduler is not; use launcher=ray or engine=transformers"
     _require(isinstance(config.launcher, RayLauncherConfig), "launcher", "inline", "ray with engine=vllm", hint)
-    if config.engine.weight_transport is WeightTransport.nccl:
-        device, hint = config.learner.device, "it broadcasts from the learner's GPU; use learner.device=cuda"
-        _require(device != "cpu", "learner.device", device, "a GPU with engine.weight_transport=nccl", hint)
+    spread = config.engine.tensor_parallel_size
+    if spread > 1 and isinstance(config.launcher, RayLauncherConfig):
+        share, expected = config.launcher.gpus_per_actor, f"1 with engine.tensor_parallel_size={spread}"
+        hint = "it is per GPU of an engine, and one that spreads over several shares none of them"
+        _require(share == 1, "launcher.gpus_per_actor", share, expected, hint)
 
 
 def _learner(c: LearnerConfig, task: TaskConfig) -> None:

@@ -5,10 +5,9 @@ from typing import Final
 
 from engine_speed.runners import BASELINE
 from engine_speed.workloads import Workload
-
 from vapo_async.metrics.console import format_duration
 
-STEP_S: Final = {"tiny": (3e-3, 8e-5), "smollm2": (0.08, 6.5e-3)}
+STEP_S: Final = {"tiny": (3e-3, 6e-5), "smollm2": (0.06, 5e-3)}
 """A decode step of any engine takes about the first, and the second for each response in it: two free cores."""
 
 

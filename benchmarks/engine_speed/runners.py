@@ -9,16 +9,16 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import psutil
 import torch
-from engine_speed.workloads import Workload
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation import ContinuousBatchingConfig
 
+from engine_speed.workloads import Workload
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import KVCacheOnUpdate
 
-BASELINE: Final = "generate"
+BASELINE, VLLM = "generate", "vllm"
 PAGE: Final = 32  # tokens of a page of the continuous batching's cache
 POLL_S: Final = 0.01
 """Longest wait for news where an engine does not step in the caller's thread."""
@@ -71,9 +71,6 @@ class Runner(Protocol):
 class UpdatableRunner(Runner, Protocol):
     """Takes new weights under responses in flight."""
 
-    kv_cache: tuple[KVCacheOnUpdate, ...]
-    """What it can do then with the keys of the older weights."""
-
     def update(self, weights: Mapping[str, Tensor]) -> UpdateTimes:
         """Between two calls of :meth:`advance`."""
         ...
@@ -83,7 +80,6 @@ class Embedded:
     """``engine=transformers``: steps in the caller's thread, so that an update is all standstill."""
 
     processes: tuple[psutil.Process, ...] = ()
-    kv_cache = (KVCacheOnUpdate.keep, KVCacheOnUpdate.recompute)
 
     def __init__(self, setting: Setting) -> None:
         self._setting = setting
@@ -117,7 +113,6 @@ class ContinuousBatching:
     """Transformers' ``ContinuousBatchingManager``: generates in a thread; its cache cannot be computed anew."""
 
     processes: tuple[psutil.Process, ...] = ()
-    kv_cache = (KVCacheOnUpdate.keep,)
 
     def __init__(self, setting: Setting) -> None:
         self._model = setting.model
@@ -200,16 +195,28 @@ def sampling(model: PreTrainedModel, longest: int, **settings: object) -> Genera
 
 def vllm(setting: Setting) -> Runner:
     """vLLM in a process of its own."""
-    from engine_speed.vllm_runner import VLLM  # importing vLLM takes seconds
+    from engine_speed.vllm_runner import VLLMRunner  # importing vLLM takes seconds
 
-    return VLLM(setting)
+    return VLLMRunner(setting)
 
 
-ENGINES: Final[dict[str, Callable[[Setting], Runner]]] = {
-    "embedded": Embedded,
-    "vllm": vllm,
-    "continuous batching": ContinuousBatching,
-    BASELINE: Generate,
+@dataclass(frozen=True)
+class Engine:
+    """What is measured under one name."""
+
+    make: Callable[[Setting], Runner]
+    kv_cache: tuple[KVCacheOnUpdate, ...] = ()
+    """What it can do with the keys of older weights; none: it takes no weights under responses in flight."""
+    start_s: float = 0.5
+    """About what start and first batch take."""
+
+
+KEEP, RECOMPUTE = KVCacheOnUpdate.keep, KVCacheOnUpdate.recompute
+ENGINES: Final = {
+    "embedded": Engine(Embedded, (KEEP, RECOMPUTE)),
+    VLLM: Engine(vllm, (KEEP, RECOMPUTE), start_s=15.0),
+    "continuous batching": Engine(ContinuousBatching, (KEEP,)),
+    BASELINE: Engine(Generate),
 }
 
 
@@ -219,7 +226,7 @@ def running(engines: Sequence[str], setting: Setting) -> Iterator[dict[str, Runn
     with ExitStack() as stack:
         runners = {}
         for name in engines:
-            runners[name] = ENGINES[name](setting)
+            runners[name] = ENGINES[name].make(setting)
             stack.callback(runners[name].close)
             run(runners[name], Workload([[3, 4]] * setting.concurrency, [2] * setting.concurrency))
         yield runners

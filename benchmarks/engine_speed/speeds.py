@@ -8,7 +8,6 @@ from statistics import median
 from engine_speed.progress import Progress, run_estimate_s
 from engine_speed.runners import BASELINE, Runner, run
 from engine_speed.workloads import Workload
-
 from vapo_async.config import KVCacheOnUpdate
 
 

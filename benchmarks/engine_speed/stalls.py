@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from statistics import median
 
-from engine_speed.progress import Progress, run_estimate_s
-from engine_speed.runners import Runner, UpdatableRunner, UpdateTimes
-from engine_speed.speeds import Took, timed_run
-from engine_speed.workloads import Workload
 from torch import Tensor
 
+from engine_speed.progress import Progress, run_estimate_s
+from engine_speed.runners import ENGINES, Runner, UpdatableRunner, UpdateTimes
+from engine_speed.speeds import Took, timed_run
+from engine_speed.workloads import Workload
 from vapo_async.config import KVCacheOnUpdate
 
 STEPS_PER_UPDATE = 100
@@ -52,12 +52,15 @@ class StallRow:
 
 
 @dataclass(frozen=True)
-class _Round:
-    """A run with an update, and the one without in the same round."""
+class _Run:
+    """One run; ``times`` of its update."""
 
-    without: Took
-    updated: Took
-    times: UpdateTimes
+    took: Took
+    times: UpdateTimes | None
+
+
+_Runs = dict[KVCacheOnUpdate | None, list[_Run]]
+"""By what happened to the KV cache, None: no update; one entry for each round."""
 
 
 def stall_rows(
@@ -70,54 +73,55 @@ def stall_rows(
     progress: Progress,
 ) -> Iterator[StallRow]:
     """One row for each engine and each thing that it can do with its KV cache."""
-    without: dict[str, list[Took]] = {engine: [] for engine in runners}
-    measured: dict[str, dict[KVCacheOnUpdate, list[_Round]]] = {engine: {} for engine in runners}
-    for _ in range(rounds):
+    runs: dict[str, _Runs] = {name: {kind: [] for kind in (None, *ENGINES[name].kv_cache)} for name in runners}
+    for i in range(rounds):
         for engine, runner in runners.items():
-            what, estimate_s = f"{model}, {concurrency} in flight", run_estimate_s(model, engine, concurrency, work)
-            without[engine].append(timed_run(runner, work))
-            progress.done(f"{what}, no update, {engine}: {without[engine][-1].wall_s:,.2f} s", estimate_s)
-            for kv_cache in kinds_of_update(runner):
-                found = _round(runner, work, kv_cache, weights, without[engine][-1])
-                measured[engine].setdefault(kv_cache, []).append(found)
+            for kind in list(runs[engine])[:: -1 if i % 2 else 1]:  # none is always the first after another engine
+                runs[engine][kind].append(_run(runner, work, kind, weights))
                 progress.done(
-                    f"{what}, update ({kv_cache.value}), {engine}: {found.updated.wall_s:,.2f} s, "
-                    f"of which {1000 * found.times.standstill_s:,.0f} ms at a standstill",
-                    estimate_s,
+                    f"{model}, {concurrency} in flight, {engine}, {_told(kind, runs[engine][kind][-1])}",
+                    run_estimate_s(model, engine, concurrency, work),
                 )
     held = sum(len(prompt) for prompt in work.prompts) + len(work.prompts) * min(work.lengths)
-    for engine in runners:
-        step_ms = 1000 * median(took.wall_s for took in without[engine]) / max(work.lengths)
-        if not measured[engine]:
+    for engine, of_engine in runs.items():
+        without = of_engine.pop(None)
+        step_ms = 1000 * median(run.took.wall_s for run in without) / max(work.lengths)
+        if not of_engine:
             yield StallRow(model, concurrency, engine, IMPOSSIBLE, held, step_ms)
-        for kv_cache, found_rounds in measured[engine].items():
-            yield StallRow(model, concurrency, engine, kv_cache.value, held, step_ms, *_medians(found_rounds, step_ms))
+        for kind, updated in of_engine.items():
+            assert kind is not None
+            medians = _medians(without, updated, step_ms)
+            yield StallRow(model, concurrency, engine, kind.value, held, step_ms, *medians)
 
 
-def kinds_of_update(runner: Runner) -> tuple[KVCacheOnUpdate, ...]:
-    """None, if it takes no weights under responses in flight."""
-    return runner.kv_cache if isinstance(runner, UpdatableRunner) else ()
-
-
-def _round(
-    runner: Runner, work: Workload, kv_cache: KVCacheOnUpdate, weights: Mapping[str, Tensor], without: Took
-) -> _Round:
+def _run(runner: Runner, work: Workload, kind: KVCacheOnUpdate | None, weights: Mapping[str, Tensor]) -> _Run:
+    if kind is None:
+        return _Run(timed_run(runner, work), None)
     assert isinstance(runner, UpdatableRunner)
     times: list[UpdateTimes] = []
-    updated = timed_run(runner, work, kv_cache, lambda: times.append(runner.update(weights)))
-    return _Round(without, updated, times[0])
+    took = timed_run(runner, work, kind, lambda: times.append(runner.update(weights)))
+    return _Run(took, times[0])
 
 
-def _medians(rounds: list[_Round], step_ms: float) -> tuple[float, ...]:
-    """From ``standstill_ms`` on."""
-    standstill_ms = 1000 * median(r.times.standstill_s for r in rounds)
-    lost_ms = 1000 * median(r.updated.wall_s - r.without.wall_s for r in rounds)
+def _told(kind: KVCacheOnUpdate | None, run: _Run) -> str:
+    if kind is None or run.times is None:
+        return f"no update: {run.took.wall_s:,.2f} s"
+    still_ms = 1000 * run.times.standstill_s
+    return f"update ({kind.value}): {run.took.wall_s:,.2f} s, of which {still_ms:,.0f} ms at a standstill"
+
+
+def _medians(without: list[_Run], updated: list[_Run], step_ms: float) -> tuple[float, ...]:
+    """From ``standstill_ms`` on; runs of one round are compared with each other."""
+    times = [run.times for run in updated if run.times is not None]
+    pairs = list(zip(without, updated, strict=True))
+    standstill_ms = 1000 * median(t.standstill_s for t in times)
+    lost_ms = 1000 * median(new.took.wall_s - old.took.wall_s for old, new in pairs)
     return (
         standstill_ms,
-        1000 * median(r.times.load_s for r in rounds),
-        1000 * median(r.times.call_s for r in rounds),
+        1000 * median(t.load_s for t in times),
+        1000 * median(t.call_s for t in times),
         lost_ms,
-        1000 * median(r.updated.cpu_s - r.without.cpu_s for r in rounds),
+        1000 * median(new.took.cpu_s - old.took.cpu_s for old, new in pairs),
         _percent(standstill_ms, step_ms),
         _percent(lost_ms, step_ms),
     )

@@ -1,9 +1,9 @@
-"""The rows as text, and what they are held against."""
+"""The rows as text, and what is demanded of them."""
 
 from collections.abc import Sequence
 from typing import Final
 
-from engine_speed.runners import BASELINE
+from engine_speed.runners import BASELINE, VLLM
 from engine_speed.speeds import SpeedRow
 from engine_speed.stalls import IMPOSSIBLE, STEPS_PER_UPDATE, StallRow
 from engine_speed.workloads import LONG_TAILED
@@ -44,10 +44,10 @@ def stall_table(rows: Sequence[StallRow]) -> str:
     return f"a weight update ({note})\n{_aligned([head, *lines], words=(0, 2, 3))}"
 
 
-def claims(speeds: Sequence[SpeedRow], stalls: Sequence[StallRow]) -> list[tuple[str, bool]]:
-    """What should hold of the rows that there are, and whether it does."""
+def bounds(speeds: Sequence[SpeedRow], stalls: Sequence[StallRow]) -> list[tuple[str, bool]]:
+    """What is demanded of vLLM in the rows that there are, and whether it holds."""
     found = []
-    kinds = sorted({(row.model, row.engine, row.kv_cache) for row in stalls if row.kv_cache != IMPOSSIBLE})
+    kinds = sorted({(row.model, row.engine, row.kv_cache) for row in stalls if row.engine == VLLM and row.kv_cache != IMPOSSIBLE})
     for model, engine, kv_cache in kinds:
         worst = max(
             (row for row in stalls if (row.model, row.engine, row.kv_cache) == (model, engine, kv_cache)),
@@ -55,14 +55,14 @@ def claims(speeds: Sequence[SpeedRow], stalls: Sequence[StallRow]) -> list[tuple
         )
         stands_ms, limit_ms = worst.standstill_ms or 0.0, STANDSTILL_LIMIT_MS[model]
         where = f"{engine} ({kv_cache}) at most, with {worst.concurrency} in flight"
-        text = f"an update of {model} stalls {where}: {stands_ms:,.0f} ms; under {limit_ms:,}"
+        text = f"an update of {model} stalls {where}: {stands_ms:,.0f} ms (demanded < {limit_ms:,})"
         found.append((text, stands_ms < limit_ms))
     model, concurrency, least = VLLM_SPEEDUP
     for row in speeds:
-        found_here = (row.model, row.concurrency, row.lengths, row.engine) == (model, concurrency, LONG_TAILED, "vllm")
+        found_here = (row.model, row.concurrency, row.lengths, row.engine) == (model, concurrency, LONG_TAILED, VLLM)
         if found_here and row.speedup is not None:
-            what = f"vllm with {concurrency} long-tailed responses of {model} in flight"
-            found.append((f"{what}: {row.speedup:.2f} × {BASELINE}; at least {least}", row.speedup >= least))
+            what = f"{VLLM} with {concurrency} long-tailed responses of {model} in flight"
+            found.append((f"{what}: {row.speedup:.2f} × {BASELINE} (demanded >= {least:g})", row.speedup >= least))
     return found
 
 

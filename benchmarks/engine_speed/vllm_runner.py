@@ -4,12 +4,12 @@ import time
 from collections.abc import Mapping
 
 import psutil
-from engine_speed.runners import Setting, UpdateTimes
-from engine_speed.workloads import Workload
 from torch import Tensor
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
+from engine_speed.runners import Setting, UpdateTimes
+from engine_speed.workloads import Workload
 from vapo_async.collector.vllm_process import VLLMProcess
 from vapo_async.collector.vllm_settings import engine_args
 from vapo_async.config import KVCacheOnUpdate, VLLMEngineConfig
@@ -17,10 +17,8 @@ from vapo_async.weights.shared_memory import shared
 from vapo_async.weights.vllm_plugin import BACKEND
 
 
-class VLLM:
+class VLLMRunner:
     """The process below ``VLLMEngine``, whose end token could be sampled: vLLM refuses one outside the vocabulary."""
-
-    kv_cache = (KVCacheOnUpdate.keep, KVCacheOnUpdate.recompute)
 
     def __init__(self, setting: Setting) -> None:
         config = VLLMEngineConfig(max_slots=setting.concurrency)
@@ -64,4 +62,3 @@ class VLLM:
 
     def close(self) -> None:
         self._process.close()
-

@@ -35,8 +35,8 @@ class Sizes:
         return LONGEST_PROMPT + max(self.uniform_tokens, self.longest_tokens, self.update_tokens)
 
 
-TINY: Final = Sizes((8, 32, 64, 128, 256), 48, 24, 128, repeats=5, update_tokens=100, update_rounds=9)
-SMOLLM2: Final = Sizes((8, 16, 64), 24, 24, 96, repeats=2, update_tokens=48, update_rounds=2)
+TINY: Final = Sizes((8, 32, 64, 128, 256), 48, 24, 128, repeats=3, update_tokens=100, update_rounds=5)
+SMOLLM2: Final = Sizes((8, 16, 64), 16, 24, 96, repeats=2, update_tokens=32, update_rounds=2)
 QUICK: Final = Sizes((4,), 8, 4, 16, repeats=1, update_tokens=8, update_rounds=1)
 
 

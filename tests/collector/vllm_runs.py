@@ -33,7 +33,7 @@ def running_engine(
 ) -> "Iterator[VLLMEngine]":
     """An engine with ``policy``'s weights; when the block ends it is closed, and none of its processes is left."""
     policy.save_pretrained(folder)
-    environment = dict(os.environ)
+    environment, others = dict(os.environ), engine_processes()
     try:
         prepare_vllm("cpu", 1)
         from vapo_async.collector.engine_vllm import VLLMEngine  # importing vLLM takes seconds
@@ -52,13 +52,14 @@ def running_engine(
     finally:
         os.environ.clear()
         os.environ.update(environment)  # vLLM's process has its own by now
-    mine = engine_processes()
+    mine = [process for process in engine_processes() if process not in others]
+    assert len(mine) == 1
     try:
         yield engine
     finally:
         engine.close()
         _, alive = psutil.wait_procs(mine, timeout=GONE_S)
-        assert not alive and not engine_processes()
+        assert not alive
 
 
 def engine_processes(of: int | None = None) -> list[psutil.Process]:

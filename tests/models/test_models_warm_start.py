@@ -60,32 +60,34 @@ def test_labels_are_the_response_alone() -> None:
 
 def test_the_loss_is_the_models_own_log_prob_of_the_response(policy: PreTrainedModel) -> None:
     """One sequence at a time, from the model's own logits, without padding."""
-    total, count = 0.0, 0
+    total = 0.0
     for prompt, response in EXAMPLES[:3]:
         with torch.no_grad():
             log_probs = policy(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
         for place, token in enumerate(response, start=len(prompt)):
             total -= float(log_probs[place - 1, token])
-            count += 1
     loss = response_loss(policy, encode_examples(EXAMPLES[:3]))
-    assert count == 7
-    assert float(loss.detach()) == pytest.approx(total / count, abs=1e-5)
+    assert float(loss.detach()) == pytest.approx(total, abs=1e-4)
 
 
-def test_the_updates_are_those_of_a_plain_loop(policy: PreTrainedModel, base_folder: Path, tmp_path: Path) -> None:
-    """One batch, one step: AdamW's first step at the warm-up's learning rate, on the clipped gradient."""
-    config = settings(base_folder, tmp_path, warm_start_steps=1, warm_start_batch_size=3)
+def test_the_update_is_that_of_a_plain_step(
+    policy: PreTrainedModel, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AdamW's first step on the clipped gradient of the mean over the batch's tokens, in however many passes."""
+    config = settings(base_folder, tmp_path, warm_start_steps=1, warm_start_batch_size=6)
     plain = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    batch = encode_examples(EXAMPLES[:3])
+    batch = encode_examples(EXAMPLES[:6])
     logits = plain(input_ids=batch.input_ids).logits[:, :-1]
     loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=-100)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)
     optimizer.step()
-    assert warm_start(policy, config, EXAMPLES[:3], quiet) == [pytest.approx(float(loss.detach()), abs=1e-5)]
+    monkeypatch.setattr(module, "_PASS_EXAMPLES", 2)
+    assert warm_start(policy, config, EXAMPLES[:6], quiet) == [pytest.approx(float(loss.detach()), abs=1e-5)]
     for ours, theirs in zip(policy.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=0)
+        moved = (ours - theirs).abs()  # Adam's first step is ± the learning rate: rounding can turn a tiny gradient
+        assert float((moved < 1e-4).float().mean()) > 0.99
     assert not policy.training
 
 
@@ -97,14 +99,17 @@ def test_the_learning_rate_rises_and_falls() -> None:
     assert module._schedule(0, 1) == 1.0
 
 
-def test_every_example_is_seen_once_with_its_like() -> None:
+def test_every_example_is_seen_once_in_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PASS_EXAMPLES", 4)
     torch.manual_seed(0)
-    batches = module._batches(EXAMPLES, 6)
-    assert [len(batch.input_ids) for batch in batches] == [6, 6, 6, 6]
-    seen = [tuple(t for t in row if t) for batch in batches for row in batch.input_ids.tolist()]
-    assert sorted(seen) == sorted(prompt + response for prompt, response in EXAMPLES)
-    padding = sum(int((batch.input_ids == 0).sum()) for batch in batches)
-    assert padding <= 2 * 6 * 3, "at most one batch in each change of length has any"
+    batches = module._batches(EXAMPLES, 12)
+    assert [[len(part.input_ids) for part in batch] for batch in batches] == [[4, 4, 4], [4, 4, 4]]
+    seen = [[tuple(t for t in row if t) for part in batch for row in part.input_ids.tolist()] for batch in batches]
+    assert sorted(seen[0] + seen[1]) == sorted(prompt + response for prompt, response in EXAMPLES)
+    assert all(len(set(map(len, batch))) == 3 for batch in seen), "every length is in each batch"
+    for batch in batches:
+        widths = [part.input_ids.shape[1] for part in batch]
+        assert widths == sorted(widths) and widths[0] < widths[-1], "like lengths share a pass"
 
 
 def test_it_learns_and_is_the_seeds(base_folder: Path, tmp_path: Path) -> None:
@@ -119,7 +124,7 @@ def test_it_learns_and_is_the_seeds(base_folder: Path, tmp_path: Path) -> None:
     assert losses[0] == losses[1] != losses[2]
     assert all(torch.equal(a, b) for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True))
     with torch.no_grad():
-        start = float(response_loss(load_policy(base_folder, "float32"), encode_examples(EXAMPLES)))
+        start = float(response_loss(load_policy(base_folder, "float32"), encode_examples(EXAMPLES)))  # sums
         end = float(response_loss(models[0], encode_examples(EXAMPLES)))
     assert end < 0.7 * start
 
@@ -198,7 +203,7 @@ def test_the_examples_are_training_problems_under_the_tasks_own_prompt(
         assert tokenizer.decode(prompt) == problem.question
         assert normalise_question(problem.question) not in heldout
         text = tokenizer.decode(response)
-        assert text == f"{problem.question[:-1]}={problem.answer};#{problem.answer}$"
+        assert text == f"{problem.question[:-1]}={problem.answer}#{problem.answer}$"
 
 
 def test_a_base_is_warm_started_where_the_config_says_so(base_folder: Path, tmp_path: Path) -> None:
@@ -251,5 +256,5 @@ def test_the_answer_stands_where_the_style_has_it() -> None:
     endings = {AnswerStyle.hash: "#6", AnswerStyle.boxed: "\\boxed{6}", AnswerStyle.last_line: "\n6"}
     for style, ending in endings.items():
         text = worked_chain(problem, style)
-        assert text == "3-9=-6;-6+12=6;" + ending
+        assert text == "3-9=-6+12=6" + ending
         assert extract_answer(text, style) == "6"

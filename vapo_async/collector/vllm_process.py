@@ -56,6 +56,7 @@ class VLLMProcess:
         version: label of the weights that it starts with.
 
     Raises:
+        RunError: it does not start.
         EngineDiedError: from every call, once the engine's process is gone.
     """
 
@@ -75,6 +76,10 @@ class VLLMProcess:
         try:
             start = self._start_engine(args, str(version))
             self._llm = asyncio.run_coroutine_threadsafe(start, self._loop).result()
+        except Exception as error:
+            self._stop_loop()
+            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RunError(f"vLLM's engine did not start: {first}; what it wrote says more") from error
         except BaseException:
             self._stop_loop()
             raise
@@ -92,6 +97,7 @@ class VLLMProcess:
 
     def wait(self) -> None:
         """Until the engine has made an iteration since the last call. Does not return from an engine that hangs."""
+        self._raise_failure()  # there is no news after it
         self._news.wait()
         self._news.clear()
         self._raise_failure()
@@ -220,6 +226,8 @@ class VLLMProcess:
             raise _dead() from self._failure
         if self._failure is not None:
             raise RunError(f"vLLM refused a request: {self._failure}") from self._failure
+        if self._llm.errored:  # while nothing was running
+            raise _dead()
 
     async def _shut_down(self) -> None:
         self._llm.shutdown()

@@ -10,6 +10,7 @@ from vapo_async.buffer import PublicationError
 from vapo_async.config import ConfigError, RunError
 from vapo_async.stages import StageDiedError
 
+_NO_WORDS = "For further information visit"  # pydantic's, which checks vLLM's settings
 _TOLD = (ConfigError, RunError, OSError, SafetensorError, PublicationError)
 
 
@@ -47,7 +48,7 @@ def died(whom: str, error: RayActorError, logs: str) -> StageDiedError:
     """The process of ``whom`` is dead."""
     lines = str(error).strip().splitlines()
     if error.actor_init_failed:
-        return StageDiedError(f"{whom} failed: {lines[-1]}")
+        return StageDiedError(f"{whom} failed: {_last_words(error)}")
     return StageDiedError(f"the run waited for {whom}, whose process died ({lines[0]}); see {logs}")
 
 
@@ -56,11 +57,17 @@ def _lost(whom: str, logs: str) -> StageDiedError:
     return StageDiedError(f"{whom} could not get its data, as the process or the node that had it died; see {logs}")
 
 
+def _last_words(error: RayActorError) -> str:
+    """Of a process that raised while it started: the last line that says something."""
+    lines = [line.strip() for line in str(error).strip().splitlines()]
+    return next((line for line in reversed(lines) if not line.startswith(_NO_WORDS)), "")
+
+
 def reason(error: BaseException) -> str:
     """One line for a note: how a process ended."""
     if isinstance(error, RayActorError):
         if error.actor_init_failed:
-            return f"it failed: {str(error).strip().splitlines()[-1]}"
+            return f"it failed: {_last_words(error)}"
         return "its process died"
     if isinstance(error, RayTaskError):
         lines = str(error.cause).strip().splitlines()

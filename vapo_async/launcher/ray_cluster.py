@@ -3,7 +3,7 @@
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 
-from vapo_async.config import ConfigError, RayLauncherConfig
+from vapo_async.config import Config, ConfigError, RayLauncherConfig, VLLMEngineConfig
 from vapo_async.launcher.preflight import LOOPBACK, START_RAY, check_ray, ray_address, ray_address_source
 
 
@@ -24,20 +24,70 @@ class Resources:
     num_gpus: float = 0.0
 
     @classmethod
-    def of(cls, threads: int, device: str, config: RayLauncherConfig) -> "Resources":
-        """A CPU for each thread; ``launcher.gpus_per_actor`` where the device is not the CPU."""
-        return cls(threads, 0.0 if device == "cpu" else config.gpus_per_actor)
+    def of(cls, threads: int, device: str, config: RayLauncherConfig, spread: int = 1) -> "Resources":
+        """A CPU for each thread; where the device is not the CPU, ``launcher.gpus_per_actor`` ``spread`` times."""
+        return cls(threads, 0.0 if device == "cpu" else spread * config.gpus_per_actor)
 
 
-def check_resources(needed: Sequence[Resources]) -> None:
-    """Raises ``ConfigError`` if the cluster that was joined or started is too small."""
-    have = ray.cluster_resources()
-    for kind, wanted in (("CPU", sum(r.num_cpus for r in needed)), ("GPU", sum(r.num_gpus for r in needed))):
-        if wanted > have.get(kind, 0):
+@dataclass(frozen=True)
+class Placement:
+    """What each kind of actor is given; flow and verifier get nothing of their own."""
+
+    learner: Resources
+    evaluator: Resources
+    rollout: Resources
+    rollout_workers: int
+
+    @property
+    def all(self) -> list[Resources]:
+        """One entry for each actor."""
+        return [self.learner, self.evaluator, *[self.rollout] * self.rollout_workers]
+
+
+def placement(config: Config, launcher: RayLauncherConfig) -> Placement:
+    """An engine that spreads its model over several GPUs gets all of them in its actor, which is on one node."""
+    engine = config.engine
+    spread = engine.tensor_parallel_size if isinstance(engine, VLLMEngineConfig) else 1
+    return Placement(
+        Resources.of(config.learner.threads, config.learner.device, launcher),
+        Resources.of(0, engine.device, launcher, spread),
+        Resources.of(launcher.threads_per_worker, engine.device, launcher, spread),
+        launcher.rollout_workers,
+    )
+
+
+def check_resources(needed: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Looks whether the run fits into the cluster.
+
+    Args:
+        needed: by every actor.
+        nodes: what each node has in all, by Ray's names of resources.
+
+    Raises:
+        ConfigError: the cluster is too small, or none of its nodes is large enough for one actor.
+    """
+    cpus, gpus = [float(r.num_cpus) for r in needed], [r.num_gpus for r in needed]
+    for kind, wanted, settings in (
+        ("CPU", cpus, "launcher.rollout_workers or the threads"),
+        ("GPU", gpus, "launcher.rollout_workers, launcher.gpus_per_actor or engine.tensor_parallel_size"),
+    ):
+        have = [node.get(kind, 0.0) for node in nodes]
+        total, most = sum(wanted), max(wanted, default=0.0)
+        if total > sum(have):
             raise ConfigError(
-                f"the run needs {wanted:g} {kind}s, the Ray cluster has {have.get(kind, 0):g}: lower "
-                "launcher.rollout_workers, launcher.gpus_per_actor or the threads, or give the cluster more"
+                f"the run needs {total:g} {kind}s, the Ray cluster has {sum(have):g}: lower {settings}, "
+                "or give the cluster more"
             )
+        if most > max(have, default=0.0):
+            raise ConfigError(
+                f"one process of the run needs {most:g} {kind}s, no node of the Ray cluster has more than "
+                f"{max(have, default=0.0):g}: lower {settings}, or give the cluster a larger node"
+            )
+
+
+def cluster_nodes() -> list[dict[str, float]]:
+    """What each living node of the cluster has in all."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def start_ray(config: RayLauncherConfig, cpus: int) -> bool:

@@ -17,7 +17,15 @@ from vapo_async.config import Config, RayLauncherConfig, RunError
 from vapo_async.interrupts import Stop
 from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, LearnerActor, VerifierActor
 from vapo_async.launcher.ray_calls import answer
-from vapo_async.launcher.ray_cluster import Resources, check_resources, keep_logs, local_logs, start_ray
+from vapo_async.launcher.ray_cluster import (
+    Resources,
+    check_resources,
+    cluster_nodes,
+    keep_logs,
+    local_logs,
+    placement,
+    start_ray,
+)
 from vapo_async.launcher.ray_evaluations import Evaluations
 from vapo_async.launcher.ray_flow import FlowActor, Progress
 from vapo_async.launcher.ray_inbox import Call, Inbox
@@ -25,7 +33,7 @@ from vapo_async.launcher.ray_rollout import RolloutActor
 from vapo_async.launcher.ray_services import Counters, Services
 from vapo_async.launcher.ray_supervisor import RolloutWorkers
 from vapo_async.learner.learner import UpdateResult
-from vapo_async.stages import EvaluationResult, FlowStats, StageTimeoutError, TakenBatch
+from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, TakenBatch
 
 _CALLS = 6  # of a rollout worker at one time: run, weights, a ping, questions
 
@@ -54,22 +62,19 @@ class RayStages:
         self._take: Call | None = None
         self._version = 0
         self._verdicts = Counters()
-        learner = Resources.of(config.learner.threads, config.learner.device, launcher)
-        evaluator = Resources.of(0, config.engine.device, launcher)
-        self._rollout = Resources.of(launcher.threads_per_worker, config.engine.device, launcher)
-        needed = [learner, evaluator, *[self._rollout] * launcher.rollout_workers]
-        self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in needed))
+        self._placement = placement(config, launcher)
+        self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in self._placement.all))
         self._logs = local_logs() if self._local else None
         self._where = "logs/ in the run folder" if self._local else "Ray's logs on its nodes"
         try:
-            check_resources(needed)
+            check_resources(self._placement.all, cluster_nodes())
             deadline = time.monotonic() + launcher.start_timeout_s
             watched: dict[str, Any] = {"concurrency_groups": GROUPS}
             again = watched | {"max_restarts": launcher.max_restarts, "max_task_retries": -1}
             self._flow = self._start(FlowActor, Resources(), config, base)
             self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
-            self._learner = self._start(LearnerActor, learner, config, base, **watched)
-            self._evaluator = self._start(EvaluatorActor, evaluator, config, base, **again)
+            self._learner = self._start(LearnerActor, self._placement.learner, config, base, **watched)
+            self._evaluator = self._start(EvaluatorActor, self._placement.evaluator, config, base, **again)
             self._evaluations = Evaluations(self._inbox, launcher, self._evaluator, self._verifier, self._where)
             told = (self._fail, note, self._where)
             self._workers = RolloutWorkers(config, launcher, self._inbox, self._flow, self._spawn, *told)
@@ -189,7 +194,14 @@ class RayStages:
         launcher = self._launcher
         parts = (launcher.threads_per_worker, launcher.engine_timeout_s, self._flow, self._verifier)
         return self._start(
-            RolloutActor, self._rollout, self._config, self._base, index, owner, *parts, max_concurrency=_CALLS
+            RolloutActor,
+            self._placement.rollout,
+            self._config,
+            self._base,
+            index,
+            owner,
+            *parts,
+            max_concurrency=_CALLS,
         )
 
     def _wait_for_start(self, deadline: float) -> None:
@@ -208,12 +220,16 @@ class RayStages:
             pings = (call.future for call in calls.values())
             return self._failure is not None or any(ping is not None and ping.exception() for ping in pings)
 
+        logs = "Ray's logs on its nodes" if self._logs is None else str(self._logs)  # there is no run folder yet
         in_time = self._inbox.wait(lambda: not missing() or failed(), deadline)
-        for name, call in calls.items():
-            if call.future is not None:
-                answer(call.future, f"the {name}", self._where)
-        if self._failure is not None:
-            raise self._failure
+        try:
+            for name, call in calls.items():
+                if call.future is not None:
+                    answer(call.future, f"the {name}", logs)
+            if self._failure is not None:
+                raise self._failure
+        except StageDiedError as error:
+            raise StageDiedError(f"{error}; its log is in {logs}") from error
         if not in_time:
             limit, who = self._launcher.start_timeout_s, ", ".join(missing())
             raise StageTimeoutError(

@@ -235,7 +235,7 @@ class RolloutWorkers:
         self._before[worker.owner] = worker.progress
         ray.kill(worker.actor)  # a process that hangs, or one whose engine raised
         if not self._generating:
-            self._fail(StageDiedError(f"{worker.owner} did not come up: {why}; see {self._logs}"))
+            self._fail(StageDiedError(f"{worker.owner} did not come up: {why}"))
             return
         self._inbox.watch(self._flow.lose.remote(worker.owner), _ignore)  # if the flow is dead, others will say so
         if self._closed:

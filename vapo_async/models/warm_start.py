@@ -21,6 +21,10 @@ RECIPE_VERSION = 1
 RECIPE_FILE = "recipe.json"
 Example = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of its worked solution, the end token included."""
+IGNORED = -100
+"""Label of prompt and padding."""
+_PASS_EXAMPLES = 24
+"""Examples of one forward and backward pass."""
 _WARMUP_SHARE = 0.1
 _REPORT_EVERY_S = 5.0
 
@@ -106,12 +110,16 @@ def warm_start(
         for step, batch in enumerate(batches):
             for group in optimizer.param_groups:
                 group["lr"] = config.warm_start_lr * _schedule(step, len(batches))
-            loss = response_loss(model, batch)
-            loss.backward()
+            tokens = sum(int((part.labels != IGNORED).sum()) for part in batch)
+            loss = 0.0
+            for part in batch:
+                share = response_loss(model, part) / tokens
+                share.backward()
+                loss += float(share.detach())
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(float(loss.detach()))
+            losses.append(loss)
             now = time.monotonic()
             if now - last >= _REPORT_EVERY_S or len(losses) == len(batches):
                 last, left = now, (now - started) / len(losses) * (len(batches) - len(losses))
@@ -142,23 +150,30 @@ def encode_examples(examples: Sequence[Example]) -> ExampleBatch:
     start = torch.tensor([len(prompt) for prompt, _ in examples])[:, None]
     end = torch.tensor([len(prompt) + len(response) for prompt, response in examples])[:, None]
     position = torch.arange(length)
-    return ExampleBatch(input_ids, torch.where((position >= start) & (position < end), input_ids, -100))
+    return ExampleBatch(input_ids, torch.where((position >= start) & (position < end), input_ids, IGNORED))
 
 
 def response_loss(model: PreTrainedModel, batch: ExampleBatch) -> Tensor:
-    """Mean cross-entropy over the response tokens; logits are taken at these only.
+    """Sum of the response tokens' cross-entropies; logits are taken at these only.
 
     No padding mask is needed: padding is on the right, and causal attention never looks right.
     """
     hidden = model.get_decoder()(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
     labels = batch.labels[:, 1:]
-    kept = labels != -100
-    return functional.cross_entropy(model.get_output_embeddings()(hidden[kept]).float(), labels[kept])
+    kept = labels != IGNORED
+    return functional.cross_entropy(model.get_output_embeddings()(hidden[kept]).float(), labels[kept], reduction="sum")
 
 
-def _batches(examples: Sequence[Example], size: int) -> list[ExampleBatch]:
-    """Every example once, like lengths together (little padding), batches in random order."""
+def _batches(examples: Sequence[Example], size: int) -> list[list[ExampleBatch]]:
+    """Every example once, in random order: batches of ``size``, each cut into passes of like lengths (less padding).
+
+    Whole batches of like lengths would need less still, but chains of one length have the same signs and digits.
+    """
     shuffled = [examples[i] for i in torch.randperm(len(examples)).tolist()]
-    by_length = sorted(shuffled, key=lambda example: len(example[0]) + len(example[1]))
-    parts = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-    return [encode_examples(parts[i]) for i in torch.randperm(len(parts)).tolist()]
+    batches = [shuffled[start : start + size] for start in range(0, len(shuffled), size)]
+    return [[encode_examples(part) for part in _passes(batch)] for batch in batches]
+
+
+def _passes(batch: Sequence[Example]) -> list[Sequence[Example]]:
+    by_length = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
+    return [by_length[start : start + _PASS_EXAMPLES] for start in range(0, len(by_length), _PASS_EXAMPLES)]

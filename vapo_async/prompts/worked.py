@@ -13,15 +13,15 @@ _ANSWERS = {AnswerStyle.hash: "#{}", AnswerStyle.boxed: "\\boxed{{{}}}", AnswerS
 
 
 def worked_chain(problem: Problem, style: AnswerStyle) -> str:
-    """``3-9=-6;-6+2=-4;#-4`` for the chain ``3 - 9 + 2``: each step an equation of its own, then the answer.
+    """``3-9=-6+2=-4#-4`` for the chain ``3 - 9 + 2``: running totals from left to right, then the answer.
 
-    ``3-9=-6+2=-4#-4`` is a quarter shorter and much harder to learn for a model that has read true equations before.
+    A quarter shorter than the embedded base's ``3-9=-6;-6+2=-4;#-4``, and learned no worse (docs/decisions.md).
     """
     first, *terms = re.findall(r"[+-]?\d+", str((problem.metadata or {})["expression"]).replace(" ", ""))
-    total, worked = int(first), ""
+    total, worked = int(first), first
     for term in terms:
-        worked += f"{total}{term}={total + int(term)};"
         total += int(term)
+        worked += f"{term}={total}"
     return worked + _ANSWERS[style].format(total)
 
 
