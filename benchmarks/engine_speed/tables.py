@@ -47,7 +47,9 @@ def stall_table(rows: Sequence[StallRow]) -> str:
 def bounds(speeds: Sequence[SpeedRow], stalls: Sequence[StallRow]) -> list[tuple[str, bool]]:
     """What is demanded of vLLM in the rows that there are, and whether it holds."""
     found = []
-    kinds = sorted({(row.model, row.engine, row.kv_cache) for row in stalls if row.engine == VLLM and row.kv_cache != IMPOSSIBLE})
+    kinds = sorted(
+        {(row.model, row.engine, row.kv_cache) for row in stalls if row.engine == VLLM and row.kv_cache != IMPOSSIBLE}
+    )
     for model, engine, kv_cache in kinds:
         worst = max(
             (row for row in stalls if (row.model, row.engine, row.kv_cache) == (model, engine, kv_cache)),

@@ -1,7 +1,7 @@
 """Weights as NumPy arrays, on their way from one Ray process to another.
 
-Ray shares the memory of arrays between the processes of a node and copies tensors, there and back: of 0.5 GB, 8.9 s to hand
-over and 1.7 s to take became 2.5 s and nothing.
+Ray shares the memory of arrays between the processes of a node and copies tensors, there and back: of 0.5 GB, 8.9 s to
+hand over and 1.7 s to take became 2.5 s and nothing.
 """
 
 import warnings
