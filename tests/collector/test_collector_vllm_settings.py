@@ -1,5 +1,6 @@
 """vLLM's settings: what is refused before it starts, what it is told, and how much memory that takes."""
 
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -65,6 +66,19 @@ def test_without_vllm_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(ConfigError, match="not installed"):
         prepare_vllm("cpu", 1)
     assert os.environ == before
+
+
+def test_a_plug_in_that_is_not_there_or_left_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_vllm()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,vapo_async")
+    check_vllm()
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    with pytest.raises(ConfigError, match=r"^VLLM_PLUGINS=other leaves out vapo_async, .*: add it$"):
+        check_vllm()
+    monkeypatch.delenv("VLLM_PLUGINS")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda **_: ())
+    with pytest.raises(ConfigError, match=r"^engine=vllm: vLLM finds no plug-in vapo_async, .*with pip$"):
+        check_vllm()
 
 
 def test_a_run_without_vllm_ends_with_that_line(tmp_path: Path) -> None:

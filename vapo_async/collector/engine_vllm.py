@@ -97,7 +97,8 @@ class VLLMEngine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
             self._samples[name] = sample
-            # Keys of older weights are not shared with responses that begin now.
+            # Responses that are submitted now share no keys of older weights. With kept keys one that waited for a slot
+            # during an update finds its prompt's old ones, if a sample of the same prompt has left them.
             prompt = [*request.prompt_token_ids, *response.token_ids]
             self._process.start(name, prompt, params, cache_salt=str(self._version))
 
