@@ -11,6 +11,7 @@ import pytest
 from running import command, newest_run, start, wait_for
 
 from vapo_async.checkpoint import list_checkpoints
+from vapo_async.metrics.ledger import read_flow
 
 pytestmark = pytest.mark.ray
 
@@ -36,8 +37,7 @@ def assert_balanced(summary: dict[str, object]) -> None:
 
 
 def trained_tickets(run_dir: Path) -> list[int]:
-    rows = [json.loads(line) for line in (run_dir / "flow.jsonl").read_text().splitlines()]
-    return [ticket for row in rows for ticket in row["tickets"]]
+    return [ticket for row in read_flow(run_dir) for ticket in row["tickets"]]
 
 
 def newest_step(run_dir: Path) -> int:

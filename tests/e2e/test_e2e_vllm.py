@@ -19,6 +19,7 @@ from conftest import REPOSITORY, tiny_overrides
 from running import FEW_PROBLEMS, command, newest_run, start, wait_for
 from safetensors.torch import load_file
 
+from vapo_async.metrics.ledger import read_flow
 from vapo_async.state import read_state
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.timeout(600)]
@@ -74,8 +75,7 @@ def rows_of(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def trained_tickets(run_dir: Path) -> list[int]:
-    rows = [json.loads(line) for line in (run_dir / "flow.jsonl").read_text().splitlines()]
-    return [ticket for row in rows for ticket in row["tickets"]]
+    return [ticket for row in read_flow(run_dir) for ticket in row["tickets"]]
 
 
 def assert_sound(run_dir: Path) -> dict[str, Any]:
