@@ -15,7 +15,7 @@ _ANSWERS = {AnswerStyle.hash: "#{}", AnswerStyle.boxed: "\\boxed{{{}}}", AnswerS
 def worked_chain(problem: Problem, style: AnswerStyle) -> str:
     """``3-9=-6+2=-4#-4`` for the chain ``3 - 9 + 2``: running totals from left to right, then the answer.
 
-    A quarter shorter than the embedded base's ``3-9=-6;-6+2=-4;#-4``, and learned no worse (docs/decisions.md).
+    A quarter shorter than the embedded base's ``3-9=-6;-6+2=-4;#-4``.
     """
     first, *terms = re.findall(r"[+-]?\d+", str((problem.metadata or {})["expression"]).replace(" ", ""))
     total, worked = int(first), first
