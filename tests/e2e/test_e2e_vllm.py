@@ -54,11 +54,12 @@ def engine_of(process: subprocess.Popen[str], stage: str) -> psutil.Process:
     """vLLM's process below that of a stage."""
     deadline = time.monotonic() + 30
     while True:
-        (actor,) = named(family_of(process), f"ray::{stage}")
-        if engines := named(actor.children(), "VLLM::EngineCore"):
+        actors = named(family_of(process), f"ray::{stage}")  # none for a moment, while Ray writes a new title
+        engines = [engine for actor in actors for engine in named(actor.children(), "VLLM::EngineCore")]
+        if engines:
             assert len(engines) == 1
             return engines[0]
-        assert time.monotonic() < deadline, [child.cmdline() for child in actor.children()]
+        assert process.poll() is None and time.monotonic() < deadline, [child.cmdline() for child in family_of(process)]
         time.sleep(0.2)
 
 

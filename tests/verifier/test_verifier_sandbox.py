@@ -195,7 +195,7 @@ def _stop_the_worker(box: Sandbox, times: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processor times of a worker are unknown")
 @pytest.mark.parametrize(("stops", "outcome"), [(1, Outcome(True)), (2, Outcome(False, "timeout"))])
 def test_an_answer_whose_worker_was_stopped_is_judged_once_more(stops: int, outcome: Outcome) -> None:
-    with Sandbox(workers=1, timeout_s=3.0, memory_mb=2048) as box:
+    with Sandbox(workers=1, timeout_s=8.0, memory_mb=2048) as box:
         box.run([HONEST])
         stopper = threading.Thread(target=_stop_the_worker, args=(box, stops))
         stopper.start()
