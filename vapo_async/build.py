@@ -27,6 +27,7 @@ from vapo_async.config import (
     TransformersEngineConfig,
     VLLMEngineConfig,
     WarmStartModelConfig,
+    WeightTransport,
     resolved_engine_dtype,
     resolved_lead,
     resolved_max_mismatch,
@@ -44,7 +45,7 @@ from vapo_async.prompts.worked import worked_examples
 from vapo_async.schema import Problem
 from vapo_async.verifier.scoring import TaskVerifier
 from vapo_async.weights.shared_memory import shared
-from vapo_async.weights.vllm_plugin import BACKEND
+from vapo_async.weights.vllm_plugin import GLOO, NCCL, SHARED_MEMORY
 
 
 @dataclass(frozen=True)
@@ -134,9 +135,16 @@ def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> t
                 seed=seed,
                 dtype=resolved_engine_dtype(config),
                 share=shared,
-                backend=BACKEND,
+                backend=_weight_transfer(settings),
             ), tokenizer
     raise TypeError(f"no engine for {type(settings).__name__}")
+
+
+def _weight_transfer(settings: VLLMEngineConfig) -> str:
+    """By the name that vLLM knows it by."""
+    if settings.weight_transport is WeightTransport.shared_memory:
+        return SHARED_MEMORY
+    return GLOO if settings.device == "cpu" else NCCL
 
 
 def build_verifier(config: Config) -> TaskVerifier:

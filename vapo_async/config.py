@@ -28,6 +28,13 @@ class KVCacheOnUpdate(Enum):
     recompute = "recompute"  # prefill again with the new weights
 
 
+class WeightTransport(Enum):
+    """How published weights get into vLLM's processes."""
+
+    shared_memory = "shared_memory"  # through Ray's object store, and a file in memory on the engine's node
+    broadcast = "broadcast"  # from the learner to all engines at once: NCCL between GPUs, gloo between CPUs
+
+
 class OnStraggler(Enum):
     """What becomes of a group that a batch waits for (docs/staleness.md)."""
 
@@ -218,6 +225,7 @@ class VLLMEngineConfig(EngineConfig):
     """MiB of the KV cache; null = all slots at full length (CPU), what ``gpu_memory_utilization`` leaves (GPU)."""
     enforce_eager: bool = False
     """Does without compiled graphs: quicker to start, slower on GPUs. The CPU has none."""
+    weight_transport: WeightTransport = WeightTransport.shared_memory
 
 
 @dataclass

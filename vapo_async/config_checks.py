@@ -27,6 +27,7 @@ from vapo_async.config import (
     VerifierConfig,
     VLLMEngineConfig,
     WarmStartModelConfig,
+    WeightTransport,
 )
 from vapo_async.config_algorithm import AdvantageKind, AlgorithmConfig, ImportanceKind, ValueTargetKind
 
@@ -226,6 +227,11 @@ def _engine_in_place(config: Config) -> None:
         return
     hint = "inline runs are deterministic, and vLLM's scheduler is not; use launcher=ray or engine=transformers"
     _require(isinstance(config.launcher, RayLauncherConfig), "launcher", "inline", "ray with engine=vllm", hint)
+    if config.engine.weight_transport is WeightTransport.broadcast:
+        kinds = {device.partition(":")[0] for device in (config.engine.device, config.learner.device)}
+        hint = "one of NCCL (GPUs) and gloo (CPUs) connects them all; or use engine.weight_transport=shared_memory"
+        expected = f"the engine's, {config.engine.device}, to broadcast"
+        _require(len(kinds) == 1, "learner.device", config.learner.device, expected, hint)
     spread = config.engine.tensor_parallel_size
     if spread > 1 and isinstance(config.launcher, RayLauncherConfig):
         share, expected = config.launcher.gpus_per_actor, f"1 with engine.tensor_parallel_size={spread}"

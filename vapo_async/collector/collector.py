@@ -3,12 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 from tensordict import LazyStackedTensorDict
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from vapo_async.collector.engine import Engine, ExactEngine, GenerationRequest
+from vapo_async.collector.engine import BroadcastEngine, Engine, ExactEngine, GenerationRequest
 from vapo_async.responses import copy_of, pack_responses, unpack_responses
 from vapo_async.schema import (
     Prompt,
@@ -188,6 +189,11 @@ class Collector:
     def load_weights(self, version: int, tensors: Mapping[str, Tensor] | None) -> None:
         """Swaps the weights under the responses in flight."""
         self._engine.load_weights(version, tensors)
+
+    def receive_weights(self, version: int, update: Mapping[str, Any], join: Mapping[str, Any] | None) -> None:
+        """Takes part in a broadcast: see :meth:`.engine.BroadcastEngine.receive_weights`."""
+        assert isinstance(self._engine, BroadcastEngine), "the configuration is checked for it"
+        self._engine.receive_weights(version, update, join)
 
     def close(self) -> None:
         """Ends the engine."""

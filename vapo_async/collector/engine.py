@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -109,6 +109,24 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Ends whatever runs outside of this process; what is unfinished is lost."""
+        ...
+
+
+@runtime_checkable
+class BroadcastEngine(Engine, Protocol):
+    """An engine that can take weights from the learner directly, together with others."""
+
+    def receive_weights(self, version: int, update: Mapping[str, Any], join: Mapping[str, Any] | None) -> None:
+        """Takes part in a broadcast between two decode steps; returns when the new weights are in use.
+
+        Args:
+            version: of the weights.
+            update: ``names``, ``dtypes`` and ``shapes`` of what is sent.
+            join: where learner and engines meet, if they have to meet anew.
+
+        Raises:
+            RunError: the broadcast failed; the engine is of no more use.
+        """
         ...
 
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from vllm import SamplingParams
@@ -118,9 +119,14 @@ class VLLMEngine:
         if tensors is None:
             self._process.label(version)
         else:
-            self._check_shapes(version, tensors)
+            self._check_shapes(version, {name: tuple(tensor.shape) for name, tensor in tensors.items()})
             with self._share(tensors) as path:
-                self._process.load(path, version, clear_cache=self._recompute)
+                self._process.load({"path": path}, version, clear_cache=self._recompute)
+        self._version = version
+
+    def receive_weights(self, version: int, update: Mapping[str, Any], join: Mapping[str, Any] | None) -> None:
+        self._check_shapes(version, dict(zip(update["names"], map(tuple, update["shapes"]), strict=True)))
+        self._process.load(update, version, clear_cache=self._recompute, join=join)
         self._version = version
 
     def abort(self, request_id: int) -> list[Completion]:
@@ -142,9 +148,8 @@ class VLLMEngine:
     def close(self) -> None:
         self._process.close()
 
-    def _check_shapes(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def _check_shapes(self, version: int, found: Mapping[str, tuple[int, ...]]) -> None:
         """Before vLLM is touched: it takes a layer with parts missing, and is of no more use after a wrong shape."""
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         missing, unexpected = sorted(self._shapes.keys() - found.keys()), sorted(found.keys() - self._shapes.keys())
         reshaped = [name for name, shape in self._shapes.items() if found.get(name, shape) != shape]
         if missing or unexpected or reshaped:

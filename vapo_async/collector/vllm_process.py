@@ -4,7 +4,7 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -119,9 +119,18 @@ class VLLMProcess:
         """By name, what there is of samples that have not ended, as if they were aborted now; they go on."""
         return self._call(self._snapshot(names))
 
-    def load(self, path: str, version: int, *, clear_cache: bool) -> None:
-        """Swaps the weights under the samples in flight; ``clear_cache`` has their keys computed anew."""
-        self._call(self._load(path, str(version), clear_cache))
+    def load(
+        self, update: Mapping[str, Any], version: int, *, clear_cache: bool, join: Mapping[str, Any] | None = None
+    ) -> None:
+        """Swaps the weights under the samples in flight.
+
+        Args:
+            update: what the receiving end of the weight transfer is told.
+            version: of the weights.
+            clear_cache: has the keys of the samples in flight computed anew.
+            join: what that end is told beforehand, to connect to the learner anew.
+        """
+        self._call(self._load(dict(update), str(version), clear_cache, join))
 
     def label(self, version: int) -> None:
         """The same weights under a newer version."""
@@ -190,14 +199,18 @@ class VLLMProcess:
                 found[name] = _sample_output(output.outputs[0])
         return found
 
-    async def _load(self, path: str, label: str, clear_cache: bool) -> None:
+    async def _load(
+        self, update: dict[str, Any], label: str, clear_cache: bool, join: Mapping[str, Any] | None
+    ) -> None:
         llm = self._llm
         called = time.monotonic()
         await llm.pause_generation(mode="keep", clear_cache=clear_cache)
         paused = max(called, self._iterated_at)  # the iteration that was under way has ended as any other
         try:
+            if join is not None:
+                await llm.init_weight_transfer_engine(WeightTransferInitRequest(init_info=dict(join)))
             await llm.start_weight_update()
-            await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": path}))
+            await llm.update_weights(WeightTransferUpdateRequest(update_info=update))
             await llm.finish_weight_update(weight_version=label)
         except EngineDeadError:
             raise

@@ -27,6 +27,7 @@ from vapo_async.schema import (
     Score,
 )
 from vapo_async.stages import StageDiedError, score_requests, write_scores
+from vapo_async.weights.broadcast import Broadcast, Group
 from vapo_async.weights.mailbox import Mailbox
 from vapo_async.weights.travel import Arrays, to_tensors
 
@@ -63,7 +64,8 @@ class RolloutActor:
         self._owner, self._flow, self._verifier = owner, flow, verifier
         self._group_size = config.algorithm.group_size
         self._watchdog = Watchdog(engine_timeout_s)
-        self._mailbox = Mailbox()
+        self._mailbox: Mailbox[Arrays | Broadcast] = Mailbox()
+        self._group: Group | None = None  # of the last broadcast
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._running = False  # whether somebody reads the inbox
@@ -74,9 +76,9 @@ class RolloutActor:
     def ping(self) -> None:
         """Returns once the actor is up."""
 
-    def publish(self, version: int, weights: Arrays | None) -> None:
-        """Weights for the next decode step; None: those of the version before."""
-        self._mailbox.publish(version, None if weights is None else to_tensors(weights))
+    def publish(self, version: int, weights: Arrays | Broadcast | None) -> None:
+        """Weights for the next decode step, or the broadcast that brings them; None: those of the version before."""
+        self._mailbox.publish(version, weights)
         self._inbox.put(_Message("wake"))
 
     def progress(self) -> Progress:
@@ -137,6 +139,8 @@ class RolloutActor:
                     self._cancel(message.payload)
                 case "partial_groups":
                     message.answer.set_result(self._partial_groups())
+                case "wake":
+                    self._pull_weights()  # others may wait for this one to join a broadcast
                 case "failed":
                     return _told(message.payload, self._owner)
 
@@ -221,8 +225,15 @@ class RolloutActor:
 
     def _pull_weights(self) -> None:
         publication = self._mailbox.pull()
-        if publication is not None:
-            self._collector.load_weights(*publication)
+        if publication is None:
+            return
+        version, weights = publication
+        if isinstance(weights, Broadcast):
+            join = weights.join() if weights.group != self._group else None
+            self._collector.receive_weights(version, weights.update(), join)
+            self._group = weights.group
+        else:
+            self._collector.load_weights(version, None if weights is None else to_tensors(weights))
 
 
 def _responses(finished: FinishedGroup) -> list[Response]:

@@ -13,9 +13,10 @@ from typing import Any
 import ray
 
 from vapo_async.build import BaseModel
-from vapo_async.config import Config, RayLauncherConfig, RunError
+from vapo_async.config import Config, RayLauncherConfig, RunError, VLLMEngineConfig, WeightTransport
 from vapo_async.interrupts import Stop
-from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, LearnerActor, VerifierActor
+from vapo_async.launcher.ray_actors import GROUPS, LEARNER_GROUPS, EvaluatorActor, LearnerActor, VerifierActor
+from vapo_async.launcher.ray_broadcast import Broadcasts
 from vapo_async.launcher.ray_calls import answer
 from vapo_async.launcher.ray_cluster import (
     Resources,
@@ -73,11 +74,16 @@ class RayStages:
             again = watched | {"max_restarts": launcher.max_restarts, "max_task_retries": -1}
             self._flow = self._start(FlowActor, Resources(), config, base)
             self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
-            self._learner = self._start(LearnerActor, self._placement.learner, config, base, **watched)
+            learner_groups: dict[str, Any] = {"concurrency_groups": LEARNER_GROUPS}
+            self._learner = self._start(LearnerActor, self._placement.learner, config, base, **learner_groups)
             self._evaluator = self._start(EvaluatorActor, self._placement.evaluator, config, base, **again)
             self._evaluations = Evaluations(self._inbox, launcher, self._evaluator, self._verifier, self._where)
             told = (self._fail, note, self._where)
             self._workers = RolloutWorkers(config, launcher, self._inbox, self._flow, self._spawn, *told)
+            self._broadcasts: Broadcasts | None = None
+            if ranks := _engine_ranks(config):
+                ends = (self._learner, self._workers, ranks, self._where)
+                self._broadcasts = Broadcasts(self._inbox, launcher, *ends)
             self._services = Services(self._inbox, launcher.max_restarts, *told)
             self._wait_for_start(deadline)
         except BaseException:
@@ -113,7 +119,10 @@ class RayStages:
 
     def publish(self, policy_changed: bool) -> int:
         version = self._version + 1
-        self._hand(version, policy_changed)
+        if policy_changed and self._broadcasts is not None:
+            self._broadcasts.publish(version)
+        else:
+            self._hand(version, policy_changed)
         limit = self._launcher.stage_timeout_s
         if not self._wait(lambda: not self._workers.without(version) or self._failure is not None, limit):
             who = ", ".join(self._workers.without(version))
@@ -245,7 +254,7 @@ class RayStages:
         if weights_changed:
             copied, weights = self._learner.weights.remote()
             self._get(copied, "the learner to hand over its weights")
-        self._workers.hand(version, weights)
+        self._workers.hand(version, None if weights is None else lambda: weights)
 
     def _fail(self, error: BaseException) -> None:
         """The run ends with the first failure, once a wait for a batch sees it: what is being learned is finished."""
@@ -282,6 +291,14 @@ class RayStages:
         if call.future is None:
             raise StageTimeoutError(f"the run waited {limit:.0f} s for {whom} and gave up")
         return answer(call.future, whom, self._where)
+
+
+def _engine_ranks(config: Config) -> int:
+    """Processes of one engine that weights are broadcast to; 0 where they go through Ray's object store."""
+    engine = config.engine
+    if not isinstance(engine, VLLMEngineConfig) or engine.weight_transport is not WeightTransport.broadcast:
+        return 0
+    return engine.tensor_parallel_size
 
 
 def _newest(*known: Progress | None) -> Progress:

@@ -1,7 +1,7 @@
 """Keeps the rollout workers going: starts them, hands them weights, notices their deaths, replaces them."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,6 +17,7 @@ from vapo_async.launcher.ray_flow import Progress
 from vapo_async.launcher.ray_inbox import Inbox
 from vapo_async.schema import Response
 from vapo_async.stages import StageDiedError
+from vapo_async.weights.broadcast import Broadcast
 
 STAGE = "rollout worker"
 
@@ -75,8 +76,9 @@ class RolloutWorkers:
         self._incarnations: dict[int, int] = {}
         self._generating = self._closed = False
         self._version = 0
-        self._weights: Any = None  # a reference to the newest weights; None: the base, which engines start with
+        self._weights: Callable[[], Any] | None = None  # gives a reference to the newest; None: the base's
         self._weights_version = 0  # the first one that has them
+        self._broadcasts: Mapping[str, Broadcast] = {}  # of the newest version
         self._before: dict[str, Progress] = {}  # of those that are gone
         self.workers = [self._start(index) for index in range(launcher.rollout_workers)]
 
@@ -100,14 +102,34 @@ class RolloutWorkers:
         """The flow is closed: who dies now is not replaced."""
         self._closed = True
 
-    def hand(self, version: int, weights: Any | None) -> None:
-        """A new version, for everybody; ``weights=None``: those of the version before."""
-        self._version = version
+    def hand(
+        self, version: int, weights: Callable[[], Any] | None, broadcasts: Mapping[str, Broadcast] | None = None
+    ) -> None:
+        """A new version, for everybody.
+
+        Args:
+            version: above all before it.
+            weights: gives a reference to them; None: they are those of the version before.
+            broadcasts: by owner, for those that take part in one instead.
+        """
+        self._version, self._broadcasts = version, broadcasts or {}
         if weights is not None:
             self._weights, self._weights_version = weights, version
         for worker in self.workers:
             if worker.running:
                 self._go_on(worker)
+
+    def up_to_date(self) -> list[str]:
+        """Who generates with the newest version."""
+        return [worker.owner for worker in self.workers if worker.running and worker.version == self._version]
+
+    def all_live(self, owners: Iterable[str]) -> bool:
+        """Whether none of them was lost."""
+        return set(owners) <= {worker.owner for worker in self.workers if not worker.lost}
+
+    def handing(self) -> bool:
+        """Whether somebody is just given a version."""
+        return any(worker.handing and not worker.lost for worker in self.workers)
 
     def without(self, version: int) -> list[str]:
         """Who generates and has not confirmed the version. Those that start will have it before they generate."""
@@ -176,7 +198,9 @@ class RolloutWorkers:
             worker.heard_at = time.monotonic()  # it rested: nobody has asked it for a sign of life
         if worker.version < self._version:
             worker.handing = True
-            weights = self._weights if worker.version < self._weights_version else None
+            weights: Any = self._broadcasts.get(worker.owner) if worker.version == self._version - 1 else None
+            if weights is None and self._weights is not None and worker.version < self._weights_version:
+                weights = self._weights()
             handed = partial(self._on_handed, worker, self._version)
             self._inbox.watch(worker.actor.publish.remote(self._version, weights), handed)
         elif not worker.running and not self._closed:

@@ -6,22 +6,25 @@ import os
 import signal
 from typing import Final
 
-BACKEND: Final = "vapo_async_shared_memory"
-"""Name of the weight transfer through :mod:`vapo_async.weights.shared_memory`."""
+SHARED_MEMORY: Final = "vapo_async_shared_memory"
+GLOO: Final = "vapo_async_gloo"
+NCCL: Final = "vapo_async_nccl"
+"""Names of weight transfers, all of which also read :mod:`vapo_async.weights.shared_memory`."""
+_RECEIVERS = {SHARED_MEMORY: "FileReceiver", GLOO: "GlooReceiver", NCCL: "NCCLReceiver"}
 _PR_SET_PDEATHSIG = 1
 
 
 def register() -> None:
-    """Makes :data:`BACKEND` known to vLLM, and ends vLLM's processes with the one that started them.
+    """Makes the weight transfers known to vLLM, and ends vLLM's processes with the one that started them.
 
     vLLM may call it more than once in a process.
     """
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-    if BACKEND in WeightTransferEngineFactory._registry:
+    if SHARED_MEMORY in WeightTransferEngineFactory._registry:
         return
-    module = "vapo_async.weights.vllm_receiver"
-    WeightTransferEngineFactory.register_engine(BACKEND, module, "SharedMemoryReceiver")
+    for backend, receiver in _RECEIVERS.items():
+        WeightTransferEngineFactory.register_engine(backend, "vapo_async.weights.vllm_receiver", receiver)
     parent = multiprocessing.parent_process()
     if parent is not None:
         # Otherwise an engine whose owner is killed would go on, and hold its memory.

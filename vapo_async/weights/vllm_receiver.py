@@ -1,11 +1,13 @@
-"""Takes weights inside vLLM's processes: from a file in memory, between two of the engine's iterations."""
+"""Takes weights inside vLLM's processes, between two iterations: from a file in memory, or from a broadcast."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from vllm.config import VllmConfig
 from vllm.config.weight_transfer import WeightTransferConfig
 from vllm.distributed.weight_transfer.base import (
@@ -13,28 +15,45 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-
-@dataclass
-class NoInitInfo(WeightTransferInitInfo):
-    """There is nothing to agree on."""
+from vapo_async.weights.gloo import join
 
 
 @dataclass
-class FileUpdateInfo(WeightTransferUpdateInfo):
-    """Where the weights are."""
+class GroupInfo(WeightTransferInitInfo):
+    """Where learner and engines meet; without a host there is nobody to meet."""
 
-    path: str
-    """A safetensors file with all parameters by their Hugging Face names, tied ones once."""
+    host: str = ""
+    port: int = 0
+    first_rank: int = 0
+    """Of this engine."""
+    world_size: int = 0
 
 
-class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, FileUpdateInfo]):
-    """See :mod:`vapo_async.weights.shared_memory`."""
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Where the weights are: all parameters by their Hugging Face names, tied ones once."""
 
-    init_info_cls = NoInitInfo
-    update_info_cls = FileUpdateInfo
+    path: str = ""
+    """A safetensors file; empty: they come by a broadcast, as the other fields say."""
+    names: list[str] = field(default_factory=list)
+    dtypes: list[str] = field(default_factory=list)
+    """Torch's names."""
+    shapes: list[list[int]] = field(default_factory=list)
+
+
+class FileReceiver(WeightTransferEngine[GroupInfo, UpdateInfo]):
+    """From :mod:`vapo_async.weights.shared_memory`; subclasses take part in broadcasts too."""
+
+    init_info_cls = GroupInfo
+    update_info_cls = UpdateInfo
 
     def __init__(
         self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
@@ -42,22 +61,39 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, FileUpdateInfo]):
         super().__init__(config, vllm_config, device, model)
         self._parameters = {name for name, _ in model.named_parameters()}  # tied ones once; an update unties them
 
-    def init_transfer_engine(self, init_info: NoInitInfo) -> None:
-        """Nothing to connect."""
+    def init_transfer_engine(self, init_info: GroupInfo) -> None:
+        """Leaves the group before it, if there is one, and joins this one, if there is one."""
+        if init_info.host:
+            self.join(init_info)
+
+    def join(self, info: GroupInfo) -> None:
+        """Waits for all members."""
+        raise NotImplementedError(f"{type(self).__name__} takes no part in broadcasts")
 
     def start_weight_update(self) -> None:
         """Parameters become loadable again."""
         initialize_layerwise_reload(self.model)
 
-    def receive_weights(self, update_info: FileUpdateInfo) -> None:
+    def receive_weights(self, update_info: UpdateInfo) -> None:
         """Loads every parameter.
 
         Raises:
-            ValueError: the file lacks a parameter of the model, or has one that the model has not.
+            ValueError: one of the model's is missing, or there is one that the model has not.
         """
-        with safe_open(update_info.path, "pt") as file:
-            model: Any = self.model
-            loaded = model.load_weights((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        if update_info.path:
+            with safe_open(update_info.path, "pt") as file:
+                self.load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
+        else:
+            self.receive_broadcast(update_info)
+
+    def receive_broadcast(self, info: UpdateInfo) -> None:
+        """Loads what the learner sends."""
+        raise NotImplementedError(f"{type(self).__name__} takes no part in broadcasts")
+
+    def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Into the model; see :meth:`receive_weights`."""
+        model: Any = self.model
+        loaded = model.load_weights(weights)
         missing = sorted(self._parameters - loaded) if loaded is not None else []
         if missing:
             raise ValueError(f"published weights lack {len(missing)} of the engine's parameters: {missing[:3]}")
@@ -69,6 +105,57 @@ class SharedMemoryReceiver(WeightTransferEngine[NoInitInfo, FileUpdateInfo]):
 
     def shutdown(self) -> None:
         """Nothing is held between updates."""
+
+
+class GlooReceiver(FileReceiver):
+    """Between CPUs, where an engine is one process."""
+
+    _group: ProcessGroup | None = None
+
+    def join(self, info: GroupInfo) -> None:
+        self._group = join(info.host, info.port, info.first_rank, info.world_size)
+
+    def receive_broadcast(self, info: UpdateInfo) -> None:
+        self.load(self._received(info))
+
+    def _received(self, info: UpdateInfo) -> Iterator[tuple[str, Tensor]]:
+        """In the order in which they are sent."""
+        assert self._group is not None, "joined before"
+        for name, dtype, shape in zip(info.names, info.dtypes, info.shapes, strict=True):
+            tensor = torch.empty(shape, dtype=getattr(torch, dtype))
+            self._group.broadcast(tensor, 0).wait()
+            yield name, tensor
+
+    def shutdown(self) -> None:
+        self._group = None
+
+
+class NCCLReceiver(FileReceiver):
+    """Between GPUs, by vLLM's own engine."""
+
+    def __init__(
+        self, config: WeightTransferConfig, vllm_config: VllmConfig, device: torch.device, model: nn.Module
+    ) -> None:
+        super().__init__(config, vllm_config, device, model)
+        self._nccl = NCCLWeightTransferEngine(config, vllm_config, device, model)
+
+    def join(self, info: GroupInfo) -> None:
+        self._nccl.shutdown()
+        self._nccl.init_transfer_engine(
+            NCCLWeightTransferInitInfo(
+                master_address=info.host,
+                master_port=info.port,
+                rank_offset=info.first_rank,
+                world_size=info.world_size,
+                packed=True,  # as the learner's end sends
+            )
+        )
+
+    def receive_broadcast(self, info: UpdateInfo) -> None:
+        self._nccl.receive_weights(NCCLWeightTransferUpdateInfo(info.names, info.dtypes, info.shapes))
+
+    def shutdown(self) -> None:
+        self._nccl.shutdown()
 
 
 def mend_tied_embeddings(model: nn.Module) -> None:
