@@ -14,7 +14,7 @@ from vapo_async.collector.vllm_process import VLLMProcess
 from vapo_async.collector.vllm_settings import engine_args
 from vapo_async.config import KVCacheOnUpdate, VLLMEngineConfig
 from vapo_async.weights.shared_memory import shared
-from vapo_async.weights.vllm_plugin import BACKEND
+from vapo_async.weights.vllm_plugin import SHARED_MEMORY
 
 
 class VLLMRunner:
@@ -23,7 +23,7 @@ class VLLMRunner:
     def __init__(self, setting: Setting) -> None:
         config = VLLMEngineConfig(max_slots=setting.concurrency)
         args = engine_args(
-            setting.folder, config, dtype="float32", max_length=setting.max_length, seed=0, backend=BACKEND
+            setting.folder, config, dtype="float32", max_length=setting.max_length, seed=0, backend=SHARED_MEMORY
         )
         before = psutil.Process().children(recursive=True)
         self._process = VLLMProcess(args, version=0)
@@ -56,7 +56,7 @@ class VLLMRunner:
         called = time.perf_counter()
         with shared(weights) as path:
             written = time.perf_counter()
-            self._process.load(path, self._version, clear_cache=self._recompute)
+            self._process.load({"path": path}, self._version, clear_cache=self._recompute)
             loaded = time.perf_counter()
         return UpdateTimes(self._process.last_pause_s, loaded - written, loaded - called)
 

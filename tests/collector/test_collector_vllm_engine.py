@@ -280,12 +280,12 @@ def test_after_an_update_that_failed_in_vllm_the_next_one_repairs(
     early = engine.step()
     old = engine.version
     with pytest.raises(RunError, match=rf"did not take the weights of version {old + 1}: .*No such file") as caught:
-        engine._process.load("/no/such/file", old + 1, clear_cache=True)
+        engine._process.load({"path": "/no/such/file"}, old + 1, clear_cache=True)
     with (
         shared({name: tensor for name, tensor in tensors.items() if name != NORM}) as path,
         pytest.raises(RunError, match=rf"lack 1 of the engine's parameters: \['{NORM}'\]") as incomplete,
     ):
-        engine._process.load(path, old + 1, clear_cache=True)
+        engine._process.load({"path": path}, old + 1, clear_cache=True)
     assert all("\n" not in str(error.value) for error in (caught, incomplete))
     assert engine.version == old
     engine.load_weights(old + 1, tensors)

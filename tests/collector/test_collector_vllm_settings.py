@@ -16,7 +16,7 @@ from vapo_async.collector.vllm_environment import check_vllm, prepare_vllm
 from vapo_async.config import ConfigError, VLLMEngineConfig
 from vapo_async.config_load import load_config
 from vapo_async.weights.mailbox import published_tensors
-from vapo_async.weights.vllm_plugin import BACKEND
+from vapo_async.weights.vllm_plugin import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
@@ -157,7 +157,7 @@ def test_arguments_are_those_of_the_configuration(tmp_path: Path) -> None:
 
     def arguments(**settings: object) -> "AsyncEngineArgs":
         config = VLLMEngineConfig(max_slots=7, **settings)  # type: ignore[arg-type]
-        return engine_args(tmp_path, config, dtype="float32", max_length=100, seed=3, backend=BACKEND)
+        return engine_args(tmp_path, config, dtype="float32", max_length=100, seed=3, backend=SHARED_MEMORY)
 
     args = arguments()
     assert (args.max_num_seqs, args.max_model_len, args.seed, args.dtype) == (7, 100, 3, "float32")

@@ -17,7 +17,7 @@ from vapo_async.collector.vllm_environment import prepare_vllm
 from vapo_async.config import VLLMEngineConfig
 from vapo_async.schema import Response
 from vapo_async.weights.shared_memory import shared
-from vapo_async.weights.vllm_plugin import BACKEND
+from vapo_async.weights.vllm_plugin import SHARED_MEMORY
 
 if TYPE_CHECKING:
     from vapo_async.collector.engine_vllm import VLLMEngine
@@ -47,7 +47,7 @@ def running_engine(
             seed=seed,
             dtype="float32",
             share=shared,
-            backend=BACKEND,
+            backend=SHARED_MEMORY,
         )
     finally:
         os.environ.clear()
