@@ -16,7 +16,7 @@ accuracy, lengths and speed. FOLDER is one of
   runs/train/2026-01-31_12-00-00                     a run: its newest whole checkpoint
   runs/train/.../checkpoints/step_000030             a checkpoint, or the policy/ folder in it
   path/to/model                                      any Hugging Face folder, or a hub name org/name
-or is left out for the model that model=… says, for example model=embedded: the base.
+or is left out for the model that model=… or experiment=… says, for example model=embedded: the base.
 
 A run's model is evaluated with the run's own settings, any other with those of configs/. Settings given here win:
   python scripts/evaluate.py runs/train/2026-01-31_12-00-00 evaluation.samples=16 evaluation.problems=64

@@ -7,8 +7,8 @@ from vapo_async.config import ConfigError, RunError
 
 def main(arguments: list[str]) -> int:
     """Exit code: 0 finished, 1 failed, 2 a mistake in what was asked for, 130 interrupted (resume=auto goes on)."""
-    from vapo_async.config_load import help_text
-    from vapo_async.config_unread import unread_notes
+    from vapo_async.config.load import help_text
+    from vapo_async.config.unread import unread_notes
     from vapo_async.launcher.preflight import configure, preflight
 
     if any(argument in ("-h", "--help") for argument in arguments):

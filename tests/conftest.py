@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from vapo_async.config import Config
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.models.char_tokenizer import build_char_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]

@@ -32,7 +32,7 @@ from vapo_async.config import (
     resolved_lead,
     resolved_max_mismatch,
 )
-from vapo_async.config_algorithm import AdvantageKind
+from vapo_async.config.algorithm import AdvantageKind
 from vapo_async.flow import Flow
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, check_log_probs

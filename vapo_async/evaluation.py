@@ -17,8 +17,8 @@ from vapo_async.build import BaseModel, HeldOut, build_evaluator, build_heldout,
 from vapo_async.checkpoint import CHECKPOINTS, list_checkpoints, newest_whole
 from vapo_async.collector.vllm_environment import check_vllm
 from vapo_async.config import Config, ConfigError, FolderModelConfig, VLLMEngineConfig
-from vapo_async.config_load import load_config, read_config, to_dict
-from vapo_async.config_saved import CONFIG_FILE, lay_over
+from vapo_async.config.load import load_config, read_config, to_dict
+from vapo_async.config.saved import CONFIG_FILE, lay_over
 from vapo_async.learner.checkpoint import POLICY_FOLDER
 from vapo_async.metrics.console import format_duration
 from vapo_async.metrics.evaluation import avg_at_k, avg_at_k_stderr, mean_pass_at_k
@@ -35,15 +35,16 @@ def evaluation_config(
 
     Args:
         folder: a run's folder (its newest whole checkpoint), a checkpoint, a checkpoint's ``policy/``, any other
-            Hugging Face folder or a hub name; None takes the model that ``model=…`` in ``overrides`` says. What lies
-            inside a run is evaluated with the run's own settings.
+            Hugging Face folder or a hub name; None takes the model that ``model=…`` or ``experiment=…`` in
+            ``overrides`` says. What lies inside a run is evaluated with the run's own settings.
         overrides: as for training; they win over the run's settings.
         note: told of broken checkpoints that are left out.
     """
     keys = {override.partition("=")[0] for override in overrides}
     if folder is None:
-        if "model" not in keys:
-            raise ConfigError("nothing to evaluate: give the folder of a run, a checkpoint or a model, or model=…")
+        if not {"model", "experiment"} & keys:
+            hint = "give the folder of a run, a checkpoint or a model, or model=… (experiment=… has one too)"
+            raise ConfigError(f"nothing to evaluate: {hint}")
         return load_config(overrides), None
     for key in ("model", "model.path"):
         if key in keys:

@@ -24,8 +24,8 @@ from pathlib import Path
 from vapo_async.buffer import PublicationError
 from vapo_async.checkpoint import CheckpointError, write_checkpoint
 from vapo_async.config import Config, RunError
-from vapo_async.config_load import save_config
-from vapo_async.config_saved import CONFIG_FILE
+from vapo_async.config.load import save_config
+from vapo_async.config.saved import CONFIG_FILE
 from vapo_async.interrupts import NOW, Interrupts, Stop
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.summary import Summary

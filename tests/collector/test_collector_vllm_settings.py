@@ -14,7 +14,7 @@ from vllm_runs import VOCAB
 
 from vapo_async.collector.vllm_environment import check_vllm, prepare_vllm
 from vapo_async.config import ConfigError, VLLMEngineConfig
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.weights.mailbox import published_tensors
 from vapo_async.weights.vllm_plugin import SHARED_MEMORY
 

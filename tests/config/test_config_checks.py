@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vapo_async.config import Config, ConfigError
-from vapo_async.config_checks import check_config
-from vapo_async.config_load import load_config
+from vapo_async.config.checks import check_config
+from vapo_async.config.load import load_config
 
 REFUSED = [
     ("buffer.max_staleness=-1", "buffer.max_staleness must be ≥ 0, found -1"),

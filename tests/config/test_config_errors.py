@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vapo_async.config import ConfigError
-from vapo_async.config_load import default_config_dir, load_config, read_config
+from vapo_async.config.load import default_config_dir, load_config, read_config
 
 MISTAKES = [
     (["algorithm.aplha=0.5"], "unknown key 'algorithm.aplha'; did you mean 'algorithm.alpha'?"),

@@ -23,9 +23,9 @@ from vapo_async.config import (
     TransformersEngineConfig,
     resolved_lead,
 )
-from vapo_async.config_algorithm import AdvantageKind, ImportanceKind
-from vapo_async.config_help import field_docs
-from vapo_async.config_load import (
+from vapo_async.config.algorithm import AdvantageKind, ImportanceKind
+from vapo_async.config.help import field_docs
+from vapo_async.config.load import (
     default_config_dir,
     flatten,
     group_choices,

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
-from vapo_async.config_algorithm import AlgorithmConfig
-from vapo_async.config_load import flatten, load_config
-from vapo_async.config_unread import unread, unread_notes
+from vapo_async.config.algorithm import AlgorithmConfig
+from vapo_async.config.load import flatten, load_config
+from vapo_async.config.unread import unread, unread_notes
 
 
 @pytest.mark.parametrize(

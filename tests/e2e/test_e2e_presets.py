@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 
-from vapo_async.config_load import group_choices
+from vapo_async.config.load import group_choices
 
 STEPS = 20
 SMALL = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from running import command, newest_run, start, wait_for
-from test_e2e_vllm import NOTICED_S, S, VLLM, assert_nothing_left, assert_sound, family_of, named, rows_of
+from test_e2e_vllm import NOTICED_S, VLLM, S, assert_nothing_left, assert_sound, family_of, named, rows_of
 
 pytestmark = [pytest.mark.ray, pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 

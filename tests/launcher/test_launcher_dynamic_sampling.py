@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vapo_async import schema
 from vapo_async.build import BaseModel, build_verifier
 from vapo_async.config import Config
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.launcher.inline import InlineStages
 from vapo_async.launcher.ray_flow import FlowActor, Progress
 from vapo_async.launcher.run import launch

@@ -21,7 +21,7 @@ from vapo_async.build import BaseModel, build_collector
 from vapo_async.collector.collector import Collector
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.config import Config, ConfigError, resolved_max_mismatch
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 
 main: Callable[[list[str]], int] = runpy.run_path(str(REPOSITORY / "scripts" / "train_async.py"))["main"]
 OVERRIDES = (FEW_PROBLEMS, "buffer.max_staleness=4", "buffer.lead=1", "algorithm.policy_lr=3e-3")

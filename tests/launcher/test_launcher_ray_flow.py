@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import tiny_overrides
 
 from vapo_async.build import BaseModel
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.launcher.ray_flow import FlowActor
 from vapo_async.schema import FinishReason, Response
 from vapo_async.state import read_state

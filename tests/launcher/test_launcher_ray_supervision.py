@@ -15,7 +15,7 @@ from conftest import tiny_overrides
 
 from vapo_async.build import BaseModel
 from vapo_async.config import Config, RayLauncherConfig, RunError
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.interrupts import NOW
 from vapo_async.launcher.ray_stages import RayStages
 from vapo_async.launcher.ray_supervisor import Worker

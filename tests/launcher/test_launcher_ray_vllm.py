@@ -11,7 +11,7 @@ from ray.exceptions import RayTaskError
 
 from vapo_async.collector.engine import EngineDiedError
 from vapo_async.config import Config, ConfigError, RayLauncherConfig
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.evaluation import evaluate_model
 from vapo_async.launcher.preflight import preflight
 from vapo_async.launcher.ray_calls import reason

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from vapo_async.build import BaseModel
 from vapo_async.checkpoint import list_checkpoints
 from vapo_async.config import Config, FolderModelConfig
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.launcher.inline import COLLECTOR, INLINE_FILE, InlineStages
 from vapo_async.metrics.ledger import read_flow
 

@@ -9,7 +9,7 @@ from conftest import tiny_overrides
 from running import FEW_PROBLEMS, assert_same_end
 
 from vapo_async.config import BufferConfig, Config, ConfigError, InlineLauncherConfig, OnStraggler, RunError
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.launcher.preflight import preflight
 from vapo_async.launcher.run import launch
 from vapo_async.launcher.schedule import SCHEDULE_FILE, Schedule, Turn, read_schedule

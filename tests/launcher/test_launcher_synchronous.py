@@ -19,7 +19,7 @@ from vapo_async.build import (
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import Config, FolderModelConfig, InlineLauncherConfig, KVCacheOnUpdate, TransformersEngineConfig
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.launcher.run import launch
 from vapo_async.metrics.console import Console
 from vapo_async.models.load import load_policy, load_tokenizer

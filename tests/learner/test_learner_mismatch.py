@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import KVCacheOnUpdate, RunError, TorchLearnerConfig
-from vapo_async.config_algorithm import AlgorithmConfig, ImportanceKind
+from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.mismatch import SCORED_RESPONSES, EngineMismatchError, MismatchMeter

@@ -8,7 +8,7 @@ import torch
 from tensordict import TensorDict
 from test_learner_learner import ALGORITHM, make_batch, make_learner, weights
 
-from vapo_async.config_algorithm import (
+from vapo_async.config.algorithm import (
     AdvantageKind,
     AlgorithmConfig,
     ImportanceKind,

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vapo_async.build import ensure_base
 from vapo_async.config import AnswerStyle, Config, ConfigError, FolderModelConfig
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.models import warm_start as module
 from vapo_async.models.load import load_policy, load_tokenizer
 from vapo_async.models.warm_start import (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vapo_async.config_algorithm import ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.losses import Denominators, denominators_of, policy_terms
 from vapo_async.objectives.settings import PolicySettings
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vapo_async.config_algorithm import MismatchKind
+from vapo_async.config.algorithm import MismatchKind
 from vapo_async.objectives.importance import (
     a3po_prox_log_prob,
     behaviour_weight,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from policy_inputs import NAN, Batch, make_batch, terms_of
 from torch import Tensor
 
-from vapo_async.config_algorithm import ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.importance import m2po_keep
 from vapo_async.objectives.losses import (
     Denominators,

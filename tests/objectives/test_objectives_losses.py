@@ -13,7 +13,7 @@ from policy_inputs import (
     three_tokens,
 )
 
-from vapo_async.config_algorithm import ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.aggregate import aggregate, denominator_of
 from vapo_async.objectives.losses import (
     Denominators,

@@ -17,7 +17,7 @@ from policy_inputs import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vapo_async.config_algorithm import AlgorithmConfig, ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.losses import (
     Denominators,
     denominators_of,

@@ -11,7 +11,7 @@ from torch import nn
 from torchrl.modules import NormalParamExtractor, TanhNormal
 from vapo_cases import EXACT, B, D, T, batch, gradients, networks, total, vapo
 
-from vapo_async.config_algorithm import ImportanceKind
+from vapo_async.config.algorithm import ImportanceKind
 from vapo_async.objectives import VAPOLoss
 from vapo_async.objectives.losses import denominators_of
 from vapo_async.objectives.settings import PolicySettings

@@ -18,7 +18,7 @@ from policy_inputs import (
 )
 from torch import Tensor
 
-from vapo_async.config_algorithm import ImportanceKind, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, MismatchKind
 from vapo_async.objectives.importance import a3po_prox_log_prob, m2po_keep, mismatch_correction
 from vapo_async.objectives.losses import (
     policy_metrics,

@@ -16,7 +16,7 @@ from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.collector.evaluator import Evaluator
 from vapo_async.config import ChainSumTaskConfig, DatasetTaskConfig, FolderModelConfig
-from vapo_async.config_load import load_config
+from vapo_async.config.load import load_config
 from vapo_async.evaluation import evaluation_config
 from vapo_async.launcher.run import launch
 from vapo_async.metrics.console import Console

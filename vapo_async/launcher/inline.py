@@ -27,7 +27,7 @@ from vapo_async.build import (
     engine_seed,
 )
 from vapo_async.config import Config, InlineLauncherConfig
-from vapo_async.config_load import to_dict
+from vapo_async.config.load import to_dict
 from vapo_async.interrupts import Stop
 from vapo_async.launcher.preflight import replayed_turns
 from vapo_async.launcher.schedule import Schedule

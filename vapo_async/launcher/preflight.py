@@ -10,8 +10,8 @@ from pathlib import Path
 from vapo_async.checkpoint import find_resume
 from vapo_async.collector.vllm_environment import check_vllm
 from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig, VLLMEngineConfig
-from vapo_async.config_load import load_config
-from vapo_async.config_saved import resumed_config
+from vapo_async.config.load import load_config
+from vapo_async.config.saved import resumed_config
 from vapo_async.launcher.schedule import Turn, replayed
 
 LOOPBACK = "127.0.0.1"

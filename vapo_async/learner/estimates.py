@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from vapo_async.config_algorithm import AdvantageKind, AlgorithmConfig, ValueTargetKind
+from vapo_async.config.algorithm import AdvantageKind, AlgorithmConfig, ValueTargetKind
 from vapo_async.learner.batch import LearnerBatch
 from vapo_async.objectives.advantage import (
     generalized_advantage,

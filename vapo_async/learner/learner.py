@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vapo_async.config import TorchLearnerConfig
-from vapo_async.config_algorithm import AlgorithmConfig, ImportanceKind, MismatchKind, ValueTargetKind
+from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind, MismatchKind, ValueTargetKind
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.batch import LearnerBatch
 from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from vapo_async.config_algorithm import LossAggregation
+from vapo_async.config.algorithm import LossAggregation
 from vapo_async.objectives.checks import check_mask, check_same_shape
 
 

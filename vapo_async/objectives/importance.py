@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from vapo_async.config_algorithm import MismatchKind
+from vapo_async.config.algorithm import MismatchKind
 from vapo_async.objectives.checks import check_above, check_clip, check_mask, check_range, check_same_shape
 from vapo_async.objectives.settings import Coefficient
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vapo_async.config_algorithm import LossAggregation
+from vapo_async.config.algorithm import LossAggregation
 from vapo_async.objectives.aggregate import aggregate, denominator_of
 from vapo_async.objectives.checks import at_least_float32, check_boolean, check_mask, check_same_shape
 from vapo_async.objectives.importance import naive_ratio

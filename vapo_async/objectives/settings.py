@@ -5,7 +5,7 @@ from enum import Enum
 
 from torch import Tensor
 
-from vapo_async.config_algorithm import AlgorithmConfig, ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.checks import check_above, check_clip, check_range, check_scalars
 
 Coefficient = Tensor | float

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vapo_async.config_algorithm import ImportanceKind, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, MismatchKind
 from vapo_async.objectives.importance import (
     a3po_prox_log_prob,
     behaviour_weight,

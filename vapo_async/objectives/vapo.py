@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule, TensorDictParams, dispatch
 from torchrl.objectives.utils import ValueEstimators, build_value_estimator
 from torchrl.objectives.value import ValueEstimatorBase
 
-from vapo_async.config_algorithm import ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.checks import at_least_float32
 from vapo_async.objectives.estimators import LengthAdaptiveGAE
 from vapo_async.objectives.group_estimator import GroupRelativeAdvantage

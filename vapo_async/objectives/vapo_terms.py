@@ -6,7 +6,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from vapo_async.config_algorithm import ImportanceKind, LossAggregation, MismatchKind
+from vapo_async.config.algorithm import ImportanceKind, LossAggregation, MismatchKind
 from vapo_async.objectives.losses import Denominators, Sums, Terms, denominators_of, policy_terms
 from vapo_async.objectives.settings import PolicySettings
 from vapo_async.objectives.vapo_inputs import StepInputs, VAPOKeys

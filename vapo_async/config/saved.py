@@ -7,8 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError
-from vapo_async.config_load import default_config_dir, flatten, load_config, read_config, save_config
+from vapo_async.config.errors import ConfigError
+from vapo_async.config.load import default_config_dir, flatten, load_config, read_config, save_config
+from vapo_async.config.tree import GROUPS, OVERLAYS, Config
 
 CONFIG_FILE = "config.yaml"
 """In a run's folder."""

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterable
 
-from vapo_async.config import Config, OnStraggler
-from vapo_async.config_algorithm import AdvantageKind, ImportanceKind, MismatchKind, ValueTargetKind
+from vapo_async.config.algorithm import AdvantageKind, ImportanceKind, MismatchKind, ValueTargetKind
+from vapo_async.config.tree import Config, OnStraggler
 
 CRITIC = (
     "gamma lmbda_critic length_adaptive alpha lmbda whiten_advantage value_target vtrace_rho_cap vtrace_c_cap "

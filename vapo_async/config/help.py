@@ -11,7 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from vapo_async.config import GROUPS, OVERLAYS, Config
+from vapo_async.config.tree import GROUPS, OVERLAYS, Config
 
 USAGE = """\
 usage: python scripts/train_async.py [group=choice …] [section.key=value …]

@@ -7,29 +7,14 @@ key, what it must be, what was found, what to do. Comparisons are written so tha
 import math
 import re
 
-from vapo_async.config import (
-    BufferConfig,
-    ChainSumTaskConfig,
-    Config,
-    ConfigError,
-    DatasetTaskConfig,
-    EmbeddedModelConfig,
-    EngineConfig,
-    EvaluationConfig,
-    FolderModelConfig,
-    InlineLauncherConfig,
-    LauncherConfig,
-    LearnerConfig,
-    ModelConfig,
-    OnStraggler,
-    RayLauncherConfig,
-    TaskConfig,
-    VerifierConfig,
-    VLLMEngineConfig,
-    WarmStartModelConfig,
-    WeightTransport,
-)
-from vapo_async.config_algorithm import AdvantageKind, AlgorithmConfig, ImportanceKind, ValueTargetKind
+from vapo_async.config.algorithm import AdvantageKind, AlgorithmConfig, ImportanceKind, ValueTargetKind
+from vapo_async.config.engine import EngineConfig, VLLMEngineConfig, WeightTransport
+from vapo_async.config.errors import ConfigError
+from vapo_async.config.launcher import InlineLauncherConfig, LauncherConfig, RayLauncherConfig
+from vapo_async.config.learner import LearnerConfig
+from vapo_async.config.model import EmbeddedModelConfig, FolderModelConfig, ModelConfig, WarmStartModelConfig
+from vapo_async.config.task import ChainSumTaskConfig, DatasetTaskConfig, TaskConfig
+from vapo_async.config.tree import BufferConfig, Config, EvaluationConfig, OnStraggler, VerifierConfig
 
 
 def check_config(config: Config) -> None:

@@ -19,17 +19,19 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vapo_async.config import GROUPS, OVERLAYS, Config, ConfigError
-from vapo_async.config_algorithm import without_groups
-from vapo_async.config_checks import check_config
-from vapo_async.config_help import describe_type, every_key, field_docs, field_types, help_page
-from vapo_async.config_unread import unread
+from vapo_async.config.algorithm import without_groups
+from vapo_async.config.checks import check_config
+from vapo_async.config.errors import ConfigError
+from vapo_async.config.help import describe_type, every_key, field_docs, field_types, help_page
+from vapo_async.config.tree import GROUPS, OVERLAYS, Config
+from vapo_async.config.unread import unread
 
 
 def default_config_dir() -> Path:
     """``vapo_async/configs`` of an installed wheel, else the checkout's ``configs/`` beside the package."""
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+    package = Path(__file__).parents[1]
+    inside = package / "configs"
+    return inside if inside.is_dir() else package.parent / "configs"
 
 
 def load_config(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
