@@ -17,10 +17,12 @@ from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.config import KVCacheOnUpdate, RunError, TorchLearnerConfig
 from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind
+from vapo_async.learner.backend import Schedule
+from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.mismatch import SCORED_RESPONSES, EngineMismatchError, MismatchMeter
-from vapo_async.learner.models import Critic
+from vapo_async.learner.models import Critic, PolicyModel
 from vapo_async.schema import Problem, Prompt, Score, Ticket, make_trajectory, set_score
 from vapo_async.weights.mailbox import published_tensors
 
@@ -179,12 +181,13 @@ def test_a_resumed_learner_knows_the_present_weights_alone(tmp_path: Path, token
 def test_no_more_copies_are_held_than_asked_for(kept: int) -> None:
     """And none is the model's own memory, which the optimizer writes to."""
     policy = tiny_policy(VOCAB)
-    meter = MismatchMeter(policy, TorchLearnerConfig(mismatch_versions=kept), temperature=1.0)
+    backend = TorchBackend(PolicyModel(policy, temperature=1.0, chunk_tokens=4096), Schedule(1e-3, 0, 0.0, 1.0))
+    meter = MismatchMeter(backend, TorchLearnerConfig(mismatch_versions=kept), temperature=1.0)
     own = {p.data_ptr() for p in policy.parameters()}
     for version in range(6):
         meter.policy_changes(version)
         assert len(meter.kept) == min(kept, version + 1)
-        held = [p for policy in meter.kept for p in (policy.parameters or {}).values()]
+        held = [p for policy in meter.kept for p in policy.snapshot or ()]
         assert not own & {p.data_ptr() for p in held}
         assert sum(p.numel() for p in held) == len(meter.kept) * sum(p.numel() for p in policy.parameters())
     assert [p.last for p in meter.kept] == list(range(6 - kept, 6))
@@ -212,13 +215,13 @@ def test_older_tokens_are_scored_within_one_small_pass(max_tokens: int, rows: in
     seen: list[torch.Size] = []
 
     def watch(_: object, args: object, kwargs: dict[str, Tensor]) -> None:
-        if learner.policy.model.embed_tokens.weight is not present:
+        if learner.policy.model.embed_tokens.weight.data_ptr() != present:
             seen.append(kwargs["input_ids"].shape)
 
-    present = learner.policy.model.embed_tokens.weight
+    present = learner.policy.model.embed_tokens.weight.data_ptr()
     learner.policy.get_decoder().register_forward_pre_hook(watch, with_kwargs=True)
     metrics = learner.update(batch, 1).metrics
-    assert learner.policy.model.embed_tokens.weight is present, "the model has its own weights again"
+    assert learner.policy.model.embed_tokens.weight.data_ptr() == present, "the model has its own weights again"
     assert len(seen) == 1 and seen[0][0] == rows and seen[0].numel() <= max_tokens
     longest = sorted((tokens_of([t]) for t in batch), reverse=True)
     assert metrics["engine_mismatch_tokens"] == sum(longest[:rows])

@@ -9,7 +9,7 @@ from vapo_async.config.engine import (
 )
 from vapo_async.config.errors import ConfigError, RunError
 from vapo_async.config.launcher import InlineLauncherConfig, LauncherConfig, RayLauncherConfig
-from vapo_async.config.learner import LearnerConfig, TorchLearnerConfig
+from vapo_async.config.learner import DeepSpeedLearnerConfig, LearnerConfig, TorchLearnerConfig
 from vapo_async.config.model import (
     EmbeddedModelConfig,
     FolderModelConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "DatasetTaskConfig",
+    "DeepSpeedLearnerConfig",
     "EmbeddedModelConfig",
     "EngineConfig",
     "EvaluationConfig",

@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from vapo_async.config.algorithm import AlgorithmConfig
 from vapo_async.config.engine import EngineConfig, TransformersEngineConfig, VLLMEngineConfig
 from vapo_async.config.launcher import InlineLauncherConfig, LauncherConfig, RayLauncherConfig
-from vapo_async.config.learner import LearnerConfig, TorchLearnerConfig
+from vapo_async.config.learner import DeepSpeedLearnerConfig, LearnerConfig, TorchLearnerConfig
 from vapo_async.config.model import (
     EmbeddedModelConfig,
     FolderModelConfig,
@@ -132,7 +132,7 @@ GROUPS: dict[str, dict[str, type[Any]]] = {
     "task": {"chain_sum": ChainSumTaskConfig, "dataset": DatasetTaskConfig},
     "model": {"embedded": EmbeddedModelConfig, "folder": FolderModelConfig, "smollm2": SmolLM2ModelConfig},
     "engine": {"transformers": TransformersEngineConfig, "vllm": VLLMEngineConfig},
-    "learner": {"torch": TorchLearnerConfig},
+    "learner": {"torch": TorchLearnerConfig, "deepspeed": DeepSpeedLearnerConfig},
     "launcher": {"inline": InlineLauncherConfig, "ray": RayLauncherConfig},
 }
 """Group → schema name → dataclass; registered with Hydra as ``<group>/<name>_schema``."""

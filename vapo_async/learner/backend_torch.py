@@ -1,72 +1,67 @@
 """Plain torch, one process: a module with its optimizer and schedule."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vapo_async.config import RunError
+from vapo_async.learner.backend import BETAS, MOMENTS, LearnerDivergedError, Schedule, Snapshot
 from vapo_async.learner.tensors import check_tensors
-
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-"""What AdamW keeps for a parameter."""
-
-
-class LearnerDivergedError(RunError):
-    """A loss or a gradient is not finite; the message names it and what to do."""
 
 
 class TorchBackend:
-    """Steps one module with AdamW; learning rate constant after a linear warm-up.
+    """See :class:`vapo_async.learner.backend.Backend`.
 
-    ``step_count`` counts optimizer steps.
+    Args:
+        module: the model; what it is called with and returns is the caller's.
+        schedule: of the steps.
+        prefix: left out of the parameters' names, all of which start with it.
     """
 
-    def __init__(
-        self, module: nn.Module, *, lr: float, warmup_steps: int, weight_decay: float, max_grad_norm: float
-    ) -> None:
+    def __init__(self, module: nn.Module, schedule: Schedule, prefix: str = "") -> None:
         self.module = module
-        self._params = dict(module.named_parameters())  # tied parameters once
-        self._max_grad_norm = max_grad_norm
-        self._optimizer = torch.optim.AdamW(self._params.values(), lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-        self._lr, self._warmup_steps = lr, warmup_steps
+        self._schedule = schedule
+        self._params = {name.removeprefix(prefix): p for name, p in module.named_parameters()}  # tied ones once
+        self.shapes = {name: p.shape for name, p in self._params.items()}
+        self._optimizer = torch.optim.AdamW(
+            self._params.values(), lr=schedule.lr, betas=BETAS, weight_decay=schedule.weight_decay
+        )
         self.step_count = 0
 
-    def step(self) -> float:
-        """Clips, steps, clears the gradients; returns the gradient norm before clipping.
+    def forward(self, tokens: Tensor, mask: Tensor) -> Any:
+        return self.module(tokens, mask)
 
-        Raises:
-            LearnerDivergedError: the norm is not finite; the weights are left as they were.
-        """
-        warmup = min(1.0, (self.step_count + 1) / self._warmup_steps) if self._warmup_steps else 1.0
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def step(self) -> float:
         for group in self._optimizer.param_groups:
-            group["lr"] = self._lr * warmup
-        norm = torch.nn.utils.clip_grad_norm_(list(self._params.values()), self._max_grad_norm)
-        if not torch.isfinite(norm):
-            raise LearnerDivergedError(
-                f"the gradient norm of {type(self.module).__name__} is {float(norm)} "
-                f"at optimizer step {self.step_count}: "
-                "lower algorithm.policy_lr / algorithm.critic_lr, or look at the last rows of metrics.jsonl"
-            )
+            group["lr"] = self._schedule.lr_at(self.step_count)
+        norm = torch.nn.utils.clip_grad_norm_(list(self._params.values()), self._schedule.max_grad_norm)
+        if not torch.isfinite(norm):  # the weights are left as they were
+            raise LearnerDivergedError.at(self.module, float(norm), self.step_count)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self.step_count += 1
         return float(norm)
 
-    def optimizer_tensors(self) -> dict[str, Tensor]:
-        """AdamW's moments and step counts by parameter name: ``<name>/exp_avg`` and so on."""
-        return {
-            f"{name}/{key}": value.detach()
-            for name, p in self._params.items()
-            for key, value in self._optimizer.state.get(p, {}).items()
-        }
+    def parameters(self) -> Iterator[tuple[str, Tensor]]:
+        yield from ((name, p.detach()) for name, p in self._params.items())
+
+    @torch.no_grad()
+    def load_parameters(self, tensors: Callable[[str], Tensor]) -> None:
+        for name, p in self._params.items():
+            p.copy_(tensors(name))
+
+    def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for name, p in self._params.items():
+            for key, value in self._optimizer.state.get(p, {}).items():
+                yield f"{name}/{key}", value.detach()
 
     def load_optimizer_tensors(self, tensors: Mapping[str, Tensor], step_count: int) -> None:
-        """The reverse of :meth:`optimizer_tensors`; moments go to their parameter's device.
-
-        Raises:
-            ConfigError: names or shapes are not those of this module's parameters.
-        """
+        """Moments go to their parameter's device."""
         stepped = {key.rpartition("/")[0] for key in tensors}  # a parameter that never had a gradient has no state
         expected = {
             f"{name}/{key}": torch.Size() if key == "step" else p.shape
@@ -82,3 +77,17 @@ class TorchBackend:
         }
         self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": state})  # torch moves them
         self.step_count = step_count
+
+    def snapshot(self) -> Snapshot:
+        return [p.detach().clone() for p in self._params.values()]
+
+    @contextmanager
+    def using(self, snapshot: Snapshot) -> Iterator[None]:
+        present = [p.data for p in self._params.values()]
+        try:
+            for p, older in zip(self._params.values(), snapshot, strict=True):
+                p.data = older
+            yield
+        finally:
+            for p, own in zip(self._params.values(), present, strict=True):
+                p.data = own

@@ -1,7 +1,10 @@
-"""VAPO's learner: one batch of trajectories becomes critic and policy updates. Knows no process layout."""
+"""VAPO's learner: one batch of trajectories becomes critic and policy updates.
 
-import copy
-from collections.abc import Sequence
+It knows neither what steps the models nor how many processes share them: every rank gets the whole batch and does the
+same, but for the passes through the models, of which each makes its own; what comes of them is summed.
+"""
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,15 +12,18 @@ from tensordict import TensorDictBase
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vapo_async.config import TorchLearnerConfig
+from vapo_async.config import LearnerConfig
 from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind, MismatchKind, ValueTargetKind
+from vapo_async.learner.backend import Backend, Schedule, Snapshot
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.batch import LearnerBatch
 from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics
 from vapo_async.learner.estimates import write_advantages, write_value_targets
 from vapo_async.learner.mismatch import Decode, MismatchMeter
-from vapo_async.learner.models import Critic, policy_log_probs
-from vapo_async.learner.packing import microbatches, minibatches
+from vapo_async.learner.models import Critic, PolicyModel
+from vapo_async.learner.packing import minibatches
+from vapo_async.learner.ranks import OneRank, Ranks, summed
+from vapo_async.learner.sharing import Pass, passes
 from vapo_async.objectives.importance import m2po_keep
 from vapo_async.objectives.losses import (
     Denominators,
@@ -30,6 +36,9 @@ from vapo_async.objectives.losses import (
     vapo_value_loss,
 )
 from vapo_async.objectives.settings import PolicySettings
+
+MakeBackend = Callable[[nn.Module, Schedule, str], Backend]
+"""Of a model, how it is stepped, and the prefix of its parameters' names."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +69,14 @@ class Learner:
         seed: of the mini-batch shuffling.
         max_mismatch: nats, mean difference to the engine's log-probs that a start may have; None = no check.
         decode: texts of tokens, for that check's error.
+        ranks: all processes that learn together; each makes the same calls with the same arguments.
+        make_backend: what steps a model.
     """
 
     def __init__(
         self,
         algorithm: AlgorithmConfig,
-        config: TorchLearnerConfig,
+        config: LearnerConfig,
         policy: PreTrainedModel,
         critic: Critic | None,
         *,
@@ -73,17 +84,25 @@ class Learner:
         seed: int,
         max_mismatch: float | None = None,
         decode: Decode | None = None,
+        ranks: Ranks | None = None,
+        make_backend: MakeBackend = TorchBackend,
     ) -> None:
-        self._algorithm, self._config, self._temperature = algorithm, config, temperature
+        self._algorithm, self._config = algorithm, config
+        self.ranks: Ranks = ranks or OneRank()
         self._device = torch.device(config.device)
         nn.Module.to(policy, self._device)
         self.policy = policy.eval()  # eval: no dropout, the ratios compare like with like
         self._settings = PolicySettings.of(algorithm)
-        self._reference = None if self._settings.kl_coef is None else copy.deepcopy(self.policy).requires_grad_(False)
         self.critic = None if critic is None else critic.to(self._device).eval()
-        self.policy_backend = _backend(self.policy, algorithm.policy_lr, algorithm)
-        self.critic_backend = None if self.critic is None else _backend(self.critic, algorithm.critic_lr, algorithm)
-        self._mismatch = MismatchMeter(self.policy, config, temperature=temperature, limit=max_mismatch, decode=decode)
+        model = PolicyModel(self.policy, temperature=temperature, chunk_tokens=config.logprob_chunk_tokens)
+        self.policy_backend = make_backend(model, _schedule(algorithm.policy_lr, algorithm), PolicyModel.PREFIX)
+        self._reference: Snapshot | None = None if self._settings.kl_coef is None else self.policy_backend.snapshot()
+        self.critic_backend: Backend | None = None
+        if self.critic is not None:
+            self.critic_backend = make_backend(self.critic, _schedule(algorithm.critic_lr, algorithm), "")
+        self._mismatch = MismatchMeter(
+            self.policy_backend, config, temperature=temperature, limit=max_mismatch, decode=decode
+        )
         self.generator = torch.Generator().manual_seed(seed)
         self.batches = 0
         """Batches learned from so far, value pretraining included."""
@@ -145,54 +164,58 @@ class Learner:
     @torch.no_grad()
     def _evaluate(self, batch: LearnerBatch, pretraining: bool, needs_prox: bool) -> dict[str, float]:
         """Writes ``prox_log_prob``, ``ref_log_prob`` and ``state_value`` with the weights of the start of the batch."""
-        entropy = torch.zeros_like(batch.sample_log_prob)
-        for rows in microbatches(batch.lengths, self._config.max_tokens_per_microbatch):
-            tokens, mask = self._rows(batch, rows)
-            width = tokens.shape[1]
+        entropy = batch.sample_log_prob.new_zeros((), dtype=torch.float64)
+        for part in self._passes(batch, range(len(batch))):
+            tokens, mask = part.of(batch.tokens), part.mask_of(batch.mask)
             if needs_prox:
-                log_probs = self._log_probs(self.policy, tokens, mask)
-                batch.prox_log_prob[rows, :width], entropy[rows, :width] = log_probs
+                log_prob, of_tokens = self.policy_backend.module(tokens, mask)
+                _write(batch.prox_log_prob, part, log_prob)
+                entropy += of_tokens.sum()
             if self._reference is not None and not pretraining:
-                batch.ref_log_prob[rows, :width] = self._log_probs(self._reference, tokens, mask)[0]
-            if self.critic is not None:
-                batch.state_value[rows, :width] = self.critic(tokens, mask)
-        return {"entropy": float(entropy[batch.mask].mean())} if needs_prox else {}
+                with self.policy_backend.using(self._reference):
+                    _write(batch.ref_log_prob, part, self.policy_backend.module(tokens, mask)[0])
+            if self.critic_backend is not None:
+                _write(batch.state_value, part, self.critic_backend.module(tokens, mask))
+        for evaluated in (batch.prox_log_prob, batch.ref_log_prob, batch.state_value, entropy):
+            self.ranks.sum_(evaluated)  # each rank has written the rows that it took
+        return {"entropy": float(entropy / batch.mask.sum())} if needs_prox else {}
+
+    def _passes(self, batch: LearnerBatch, rows: Sequence[int]) -> list[Pass]:
+        ranks, limit = self.ranks, self._config.max_tokens_per_microbatch
+        return passes(batch, rows, rank=ranks.rank, ranks=ranks.size, max_tokens=limit)
 
     def _minibatch(self, batch: LearnerBatch, rows: list[int], pretraining: bool) -> dict[str, float]:
-        """One optimizer step of the policy, K of the critic; denominators are global to ``rows``."""
+        """One optimizer step of the policy, K of the critic; denominators are global to ``rows``, over all ranks."""
         denominators = denominators_of(batch.trained[rows], batch.correct[rows])
-        cut = microbatches([batch.lengths[r] for r in rows], self._config.max_tokens_per_microbatch)
-        pieces = [[rows[i] for i in piece] for piece in cut]
-        metrics = self._critic_steps_on(batch, pieces, denominators, pretraining)
-        return metrics if pretraining else metrics | self._policy_step_on(batch, rows, pieces, denominators)
+        parts = self._passes(batch, rows)
+        metrics = self._critic_steps_on(batch, parts, denominators, pretraining)
+        return metrics if pretraining else metrics | self._policy_step_on(batch, rows, parts, denominators)
 
     def _critic_steps_on(
-        self, batch: LearnerBatch, pieces: list[list[int]], denominators: Denominators, pretraining: bool
+        self, batch: LearnerBatch, parts: list[Pass], denominators: Denominators, pretraining: bool
     ) -> dict[str, float]:
-        if self.critic is None or self.critic_backend is None:
+        if self.critic_backend is None:
             return {}
         metrics: dict[str, float] = {}
         for _ in range(self._algorithm.critic_updates):
             sums: Sums = {}
-            for piece in pieces:
-                tokens, mask = self._rows(batch, piece)
-                width = tokens.shape[1]
+            for part in parts:
                 loss, more = vapo_value_loss(
-                    self.critic(tokens, mask),
-                    batch.value_target[piece, :width],
-                    mask=batch.trained[piece, :width],
+                    self.critic_backend.forward(part.of(batch.tokens), part.mask_of(batch.mask)),
+                    part.of(batch.value_target),
+                    mask=part.mask_of(batch.trained),
                     denominators=denominators,
-                    old_value=batch.state_value[piece, :width],
+                    old_value=part.of(batch.state_value),
                     clip=None if pretraining else self._algorithm.value_clip,
                 )
-                loss.backward()
+                self.critic_backend.backward(loss)
                 sums = add_sums(sums, more)
-            metrics = {"loss_critic": float(value_metrics(sums)["loss_critic"])}
+            metrics = {"loss_critic": float(value_metrics(summed(sums, self.ranks))["loss_critic"])}
             metrics["grad_norm_critic"] = self.critic_backend.step()
         return metrics
 
     def _policy_step_on(
-        self, batch: LearnerBatch, rows: list[int], pieces: list[list[int]], denominators: Denominators
+        self, batch: LearnerBatch, rows: list[int], parts: list[Pass], denominators: Denominators
     ) -> dict[str, float]:
         keep = torch.ones_like(batch.trained)
         if self._algorithm.importance is ImportanceKind.m2po:  # over the whole mini-batch, however it is cut
@@ -201,38 +224,26 @@ class Learner:
                 log_ratio, batch.advantage[rows], batch.trained[rows], self._algorithm.m2po_threshold
             )
         sums: Sums = {}
-        for piece in pieces:
-            tokens, mask = self._rows(batch, piece)
-            width = tokens.shape[1]
-            log_prob, entropy = self._log_probs(self.policy, tokens, mask)
+        for part in parts:
+            log_prob, entropy = self.policy_backend.forward(part.of(batch.tokens), part.mask_of(batch.mask))
             losses, more = policy_terms(
                 log_prob,
                 entropy,
-                mask=batch.trained[piece, :width],
-                advantage=batch.advantage[piece, :width],
-                sample_log_prob=batch.sample_log_prob[piece, :width],
-                prox_log_prob=batch.prox_log_prob[piece, :width],
-                ref_log_prob=None if self._reference is None else batch.ref_log_prob[piece, :width],
-                age=batch.age[piece, :width],
-                keep=keep[piece, :width],
-                correct=batch.correct[piece],
+                mask=part.mask_of(batch.trained),
+                advantage=part.of(batch.advantage),
+                sample_log_prob=part.of(batch.sample_log_prob),
+                prox_log_prob=part.of(batch.prox_log_prob),
+                ref_log_prob=None if self._reference is None else part.of(batch.ref_log_prob),
+                age=part.of(batch.age),
+                keep=part.of(keep),
+                correct=batch.correct[part.rows],
                 settings=self._settings,
                 denominators=denominators,
             )
-            sum(losses.values(), start=log_prob.new_zeros(())).backward()
+            self.policy_backend.backward(sum(losses.values(), start=log_prob.new_zeros(())))
             sums = add_sums(sums, more)
         metrics = {"grad_norm_policy": self.policy_backend.step()}
-        return metrics | {key: float(value) for key, value in policy_metrics(sums).items()}
-
-    def _rows(self, batch: LearnerBatch, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Tokens and mask of some rows, [n, their longest]."""
-        width = max(batch.lengths[r] for r in rows)
-        return batch.tokens[rows, :width], batch.mask[rows, :width]
-
-    def _log_probs(self, policy: PreTrainedModel, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        return policy_log_probs(
-            policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._config.logprob_chunk_tokens
-        )
+        return metrics | {key: float(value) for key, value in policy_metrics(summed(sums, self.ranks)).items()}
 
 
 def pretraining_note(variances: Sequence[float]) -> str:
@@ -250,14 +261,13 @@ def pretraining_note(variances: Sequence[float]) -> str:
     )
 
 
-def _backend(module: nn.Module, lr: float, algorithm: AlgorithmConfig) -> TorchBackend:
-    return TorchBackend(
-        module,
-        lr=lr,
-        warmup_steps=algorithm.lr_warmup_steps,
-        weight_decay=algorithm.weight_decay,
-        max_grad_norm=algorithm.max_grad_norm,
-    )
+def _schedule(lr: float, algorithm: AlgorithmConfig) -> Schedule:
+    return Schedule(lr, algorithm.lr_warmup_steps, algorithm.weight_decay, algorithm.max_grad_norm)
+
+
+def _write(to: Tensor, part: Pass, values: Tensor) -> None:
+    if part.counts:
+        to[part.rows, : part.width] = values
 
 
 def _needs_prox(algorithm: AlgorithmConfig) -> bool:

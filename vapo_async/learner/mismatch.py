@@ -6,15 +6,15 @@ tokens are older: copies of the last few policies score a bounded number of thei
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import Tensor
 
 from vapo_async.config import LearnerConfig, RunError
+from vapo_async.learner.backend import Backend, Snapshot
 from vapo_async.learner.batch import LearnerBatch
-from vapo_async.learner.models import policy_log_probs
 from vapo_async.objectives.mismatch import Mismatch, engine_mismatch, worst_tokens
 
 SCORED_RESPONSES = 16
@@ -38,8 +38,8 @@ class _Policy:
     number: int
     first: int
     last: int
-    parameters: dict[str, Tensor] | None
-    """None: the learner's present ones."""
+    snapshot: Snapshot | None
+    """None: the learner's present parameters."""
 
 
 class MismatchMeter:
@@ -51,7 +51,7 @@ class MismatchMeter:
     mismatch that the losses meet.
 
     Args:
-        policy: the model that is trained.
+        backend: of the policy that is trained.
         config: how many older policies are kept, and the limits of one pass.
         temperature: the learner's, for what the engine should have sampled with.
         limit: nats, of the mean difference that the check allows; None = no check.
@@ -60,14 +60,14 @@ class MismatchMeter:
 
     def __init__(
         self,
-        policy: PreTrainedModel,
+        backend: Backend,
         config: LearnerConfig,
         *,
         temperature: float,
         limit: float | None = None,
         decode: Decode | None = None,
     ) -> None:
-        self._scorer = _Scorer(policy, temperature, config.logprob_chunk_tokens)
+        self._backend = backend
         self._max_tokens = config.max_tokens_per_microbatch
         self._limit, self._decode, self._temperature = limit, decode, temperature
         self._unchecked = {0, 1}
@@ -95,7 +95,7 @@ class MismatchMeter:
         measured = torch.zeros_like(batch.mask)
         for policy in (_Policy(self._number, self._since, version, None), *self.kept):
             theirs = batch.mask & (batch.policy_version >= policy.first) & (batch.policy_version <= policy.last)
-            if policy.parameters is not None or not evaluated:
+            if policy.snapshot is not None or not evaluated:
                 theirs = self._score(batch, policy, theirs, learner_log_prob)
             self._check(batch, policy, theirs, learner_log_prob)
             measured |= theirs
@@ -106,8 +106,7 @@ class MismatchMeter:
         if self._keep:
             if len(self.kept) == self._keep:
                 self.kept.popleft()  # first: there are never more copies than that
-            copies = {name: p.detach().clone() for name, p in self._scorer.named_parameters()}
-            self.kept.append(_Policy(self._number, self._since, version, copies))
+            self.kept.append(_Policy(self._number, self._since, version, self._backend.snapshot()))
         self._number += 1
         self._since = version + 1
 
@@ -119,7 +118,9 @@ class MismatchMeter:
         if rows:
             width = max(batch.lengths[row] for row in rows)
             tokens, mask = batch.tokens[rows, :width], theirs[rows, :width]
-            scored = torch.func.functional_call(self._scorer, policy.parameters or {}, (tokens, mask))
+            other = nullcontext() if policy.snapshot is None else self._backend.using(policy.snapshot)
+            with other:
+                scored, _ = self._backend.module(tokens, mask)
             log_prob[rows, :width] = torch.where(mask, scored, log_prob[rows, :width])  # others have other policies
             found[rows] = theirs[rows]
         return found
@@ -157,19 +158,6 @@ class MismatchMeter:
                 f"{learner:.4f} by the learner, ratio {ratio:.4g}"
             )
         return lines
-
-
-class _Scorer(nn.Module):
-    """The policy's log-probs as one call, so that it can be made with other parameters."""
-
-    def __init__(self, policy: PreTrainedModel, temperature: float, chunk_tokens: int) -> None:
-        super().__init__()
-        self.policy, self._temperature, self._chunk_tokens = policy, temperature, chunk_tokens
-
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        return policy_log_probs(
-            self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._chunk_tokens
-        )[0]
 
 
 def _rows_with_most(counts: Sequence[int], lengths: Sequence[int], max_tokens: int) -> list[int]:

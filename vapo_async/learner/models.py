@@ -35,6 +35,29 @@ class Critic(nn.Module):
         return _scatter(self.value_head(hidden)[:, 0].float(), mask)
 
 
+class PolicyModel(nn.Module):
+    """The policy as the learner calls it: one call for the log-probs, whoever holds the parameters.
+
+    Args:
+        policy: a causal language model.
+        temperature: that the logits are divided by.
+        chunk_tokens: see :func:`vapo_async.objectives.logprobs.token_log_probs`.
+    """
+
+    PREFIX = "policy."
+    """Of its parameters' names; what follows are the language model's own."""
+
+    def __init__(self, policy: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
+        super().__init__()
+        self.policy, self._temperature, self._chunk_tokens = policy, temperature, chunk_tokens
+
+    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`policy_log_probs`."""
+        return policy_log_probs(
+            self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._chunk_tokens
+        )
+
+
 def policy_log_probs(
     policy: PreTrainedModel, tokens: Tensor, mask: Tensor, *, temperature: float, chunk_tokens: int
 ) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,22 @@
-"""Cuts a batch's rows into mini-batches of like size, and those into micro-batches under a budget of padded tokens."""
+"""Cuts a batch's rows into mini-batches of like size, and those into passes under a token budget."""
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
-from itertools import pairwise
+from enum import StrEnum
+from itertools import accumulate, pairwise
+
+WORTH_PACKING = 0.9
+"""Packed where padded passes would be filled less than this: on a CPU the calls per sequence cost about as much as a
+tenth of padding (docs/decisions.md)."""
+
+
+class Layout(StrEnum):
+    """How a pass holds several rows."""
+
+    padded = "padded"
+    """[n, longest]; rows of like length together."""
+    packed = "packed"
+    """[1, sum], one after another (:mod:`vapo_async.learner.packed`)."""
 
 
 def minibatches(order: Sequence[int], count: int) -> list[list[int]]:
@@ -17,17 +32,94 @@ def minibatches(order: Sequence[int], count: int) -> list[list[int]]:
     return [list(order[start:end]) for start, end in pairwise(ends)]
 
 
-def microbatches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def cut(lengths: Sequence[int], max_tokens: int, layout: Layout, at_least: int = 0) -> list[list[int]]:
+    """Row indices of each pass in ``layout``; :func:`bins` or :func:`microbatches`."""
+    if layout is Layout.packed:
+        return bins(lengths, max_tokens, at_least)
+    return microbatches(lengths, max_tokens, at_least)
+
+
+def pass_count(shards: Sequence[Sequence[int]], max_tokens: int, layout: Layout) -> int:
+    """The passes that the rank with the most needs; ``shards`` are the row lengths of each rank.
+
+    Where every forward pass waits for all ranks, this is everybody's ``at_least``.
+    """
+    return max((len(cut(lengths, max_tokens, layout)) for lengths in shards), default=0)
+
+
+def choose_layout(lengths: Sequence[int], max_tokens: int) -> Layout:
+    """Packed where the padding that it saves is worth it, for a model that can be packed."""
+    area = sum(len(rows) * lengths[rows[0]] for rows in microbatches(lengths, max_tokens))
+    return Layout.packed if sum(lengths) < WORTH_PACKING * area else Layout.padded
+
+
+def microbatches(lengths: Sequence[int], max_tokens: int, at_least: int = 0) -> list[list[int]]:
     """Row indices grouped so that ``rows × longest row ≤ max_tokens``; rows of like length share one.
 
     A single row longer than the budget gets a micro-batch of its own. Order within the result never changes the loss:
-    every denominator is global to the mini-batch.
+    every denominator is global to the mini-batch. Longest rows first; ``at_least`` as for :func:`bins`.
     """
     batches: list[list[int]] = []
-    for row in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    for row in _longest_first(lengths, max_tokens):
         longest = lengths[batches[-1][0]] if batches else 0
         if batches and (len(batches[-1]) + 1) * longest <= max_tokens:
             batches[-1].append(row)
         else:
             batches.append([row])
-    return batches
+    return _split(batches, lengths, at_least)
+
+
+def bins(lengths: Sequence[int], max_tokens: int, at_least: int = 0) -> list[list[int]]:
+    """Row indices grouped so that the rows of a bin have ``max_tokens`` tokens together at most.
+
+    A single row longer than the budget gets a bin of its own. Each row goes where it leaves the least room, longest
+    rows first (best-fit decreasing, which needs hardly more bins than the fewest possible).
+
+    Args:
+        lengths: tokens of each row.
+        max_tokens: of a bin.
+        at_least: so many bins: fuller ones are split, and what is missing then are empty lists, one for each pass
+            that has no row. More where the budget needs more.
+
+    Returns:
+        The bins by their longest row; longest rows first in each, too.
+    """
+    result: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens that still fit, bin), ascending
+    for row in _longest_first(lengths, max_tokens):
+        at = bisect_left(room, (lengths[row],))
+        if at < len(room):
+            free, index = room.pop(at)
+        else:
+            free, index = max(max_tokens, lengths[row]), len(result)
+            result.append([])
+        result[index].append(row)
+        insort(room, (free - lengths[row], index))
+    return _split(result, lengths, at_least)
+
+
+def _longest_first(lengths: Sequence[int], max_tokens: int) -> list[int]:
+    if max_tokens < 1 or any(length < 1 for length in lengths):
+        raise ValueError(
+            f"expected rows of at least one token and a budget of at least one, "
+            f"got a shortest row of {min(lengths, default=0)} and max_tokens = {max_tokens}"
+        )
+    return sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+
+
+def _split(batches: list[list[int]], lengths: Sequence[int], count: int) -> list[list[int]]:
+    """Halves the batch with the most tokens, one with at least two rows, until there are ``count``."""
+
+    def tokens(rows: list[int]) -> int:
+        return sum(lengths[r] for r in rows) if len(rows) > 1 else 0
+
+    while len(batches) < count:
+        fullest = max(batches, key=tokens, default=[])
+        if len(fullest) < 2:
+            break
+        half = tokens(fullest) / 2
+        first = 1 + sum(total < half for total in accumulate(lengths[r] for r in fullest[:-2]))
+        batches.remove(fullest)
+        batches += [fullest[:first], fullest[first:]]
+    batches.sort(key=lambda rows: (-lengths[rows[0]], rows[0]))
+    return batches + [[] for _ in range(count - len(batches))]
