@@ -6,6 +6,7 @@ Every random source gets a seed of its own, derived from ``config.seed`` and the
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from vapo_async.collector.vllm_environment import prepare_vllm
 from vapo_async.config import (
     Config,
     ConfigError,
+    DeepSpeedLearnerConfig,
     OnStraggler,
+    RayLauncherConfig,
     TorchLearnerConfig,
     TransformersEngineConfig,
     VLLMEngineConfig,
@@ -34,6 +37,7 @@ from vapo_async.config import (
 )
 from vapo_async.config.algorithm import AdvantageKind
 from vapo_async.flow import Flow
+from vapo_async.learner.backend import Schedule
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, check_log_probs
 from vapo_async.models.load import check_device, ensure_model, ensure_tokenizer, load_policy, load_tokenizer
@@ -178,8 +182,17 @@ def build_flow(config: Config, base: BaseModel) -> Flow:
     return Flow(stream, buffer, sampling, watch, config.buffer.max_drops)
 
 
-def build_learner(config: Config, base: BaseModel) -> Learner:
-    """Policy and critic; the critic starts from ``model.critic_path``'s backbone or a copy of the policy's."""
+def build_learner(
+    config: Config, base: BaseModel, rank: int = 0, meeting_point: tuple[str, int] | None = None
+) -> Learner:
+    """Policy and critic; the critic starts from ``model.critic_path``'s backbone or a copy of the policy's.
+
+    Args:
+        config: of the run.
+        base: folders of the base model.
+        rank: of this process, where several share the models.
+        meeting_point: host and port at which these meet; returns once all are there.
+    """
     check_device("learner.device", config.learner.device)
     policy = load_policy(base.model, config.model.dtype)
     check_log_probs(policy)
@@ -194,18 +207,31 @@ def build_learner(config: Config, base: BaseModel) -> Learner:
         tokenizer = load_tokenizer(base.tokenizer)
         return [str(tokenizer.decode([token_id])) for token_id in token_ids]
 
+    build = partial(
+        Learner,
+        config.algorithm,
+        config.learner,
+        temperature=config.engine.temperature,
+        seed=derived_seed(config.seed, "learner"),
+        max_mismatch=resolved_max_mismatch(config),
+        decode=decode,
+    )
     match config.learner:
         case TorchLearnerConfig():
-            return Learner(
-                config.algorithm,
-                config.learner,
-                policy,
-                critic,
-                temperature=config.engine.temperature,
-                seed=derived_seed(config.seed, "learner"),
-                max_mismatch=resolved_max_mismatch(config),
-                decode=decode,
-            )
+            return build(policy, critic)
+        case DeepSpeedLearnerConfig() as settings:
+            assert meeting_point is not None, "the launcher gives one"
+            from vapo_async.learner.backend_deepspeed import DeepSpeedBackend  # importing DeepSpeed takes seconds
+            from vapo_async.learner.distributed import join_ranks
+
+            assert isinstance(config.launcher, RayLauncherConfig), "the configuration is checked for it"
+            limit = config.launcher.stage_timeout_s
+            ranks = join_ranks(*meeting_point, rank=rank, size=settings.ranks, device=settings.device, timeout_s=limit)
+
+            def backend(module: nn.Module, schedule: Schedule, prefix: str) -> DeepSpeedBackend:
+                return DeepSpeedBackend(module, schedule, settings, ranks, prefix)
+
+            return build(policy, critic, ranks=ranks, make_backend=backend)
     raise TypeError(f"no learner for {type(config.learner).__name__}")
 
 

@@ -37,7 +37,7 @@ def evaluator() -> Any:
             time.sleep(2)  # what an engine takes to start
             self._made = 0
 
-        def evaluate(self, step: int, tensors: None, verifier: None) -> EvaluationResult:
+        def evaluate(self, step: int, verifier: None, *shares: object) -> EvaluationResult:
             time.sleep(0.5)
             self._made += 1
             return EvaluationResult(step, [[True]], float(self._made))
@@ -53,12 +53,12 @@ def test_those_that_wait_keep_their_order_when_the_evaluator_dies(inbox: Inbox) 
     actor = evaluator()
     pid = ray.get(actor.pid.remote())
     evaluations = Evaluations(inbox, RayLauncherConfig(), actor, None, "nowhere")
-    evaluations.start(0, ray.put(bytes(1_000_000)))
-    evaluations.start(10, ray.put(bytes(1_000_000)))
+    evaluations.start(0, [ray.put(bytes(1_000_000))])
+    evaluations.start(10, [ray.put(bytes(1_000_000))])
     time.sleep(0.2)
     os.kill(pid, signal.SIGKILL)
     time.sleep(1)  # while another process starts
-    evaluations.start(40, ray.put(bytes(1_000_000)))
+    evaluations.start(40, [ray.put(bytes(1_000_000))])
     assert evaluations.running == 3
     asked = [evaluation.reference is not None for evaluation in evaluations._started]
     assert asked == [True, False, False], "what was not asked for is not repeated, before what was"

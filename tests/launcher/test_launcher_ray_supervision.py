@@ -133,7 +133,7 @@ def checksum(module: str) -> Callable[[Any], float]:
 def test_a_killed_worker_is_replaced_while_the_other_one_delivers(harness: Harness) -> None:
     harness.turn_until(lambda: harness.worker(0).running, policy_changed=False)
     harness.turn(policy_changed=True)
-    published = ask(harness.stages._learner, checksum("_learner.policy"))
+    published = ask(harness.stages._learner[0], checksum("_learner.policy"))
     dead = harness.worker(0)
     os.kill(pid(dead.actor), signal.SIGKILL)
     harness.turn_until(lambda: harness.worker(0) is not dead, policy_changed=False, limit_s=20)

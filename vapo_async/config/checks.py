@@ -11,7 +11,7 @@ from vapo_async.config.algorithm import AdvantageKind, AlgorithmConfig, Importan
 from vapo_async.config.engine import EngineConfig, VLLMEngineConfig, WeightTransport
 from vapo_async.config.errors import ConfigError
 from vapo_async.config.launcher import InlineLauncherConfig, LauncherConfig, RayLauncherConfig
-from vapo_async.config.learner import LearnerConfig
+from vapo_async.config.learner import DeepSpeedLearnerConfig, LearnerConfig
 from vapo_async.config.model import EmbeddedModelConfig, FolderModelConfig, ModelConfig, WarmStartModelConfig
 from vapo_async.config.task import ChainSumTaskConfig, DatasetTaskConfig, TaskConfig
 from vapo_async.config.tree import BufferConfig, Config, EvaluationConfig, OnStraggler, VerifierConfig
@@ -31,6 +31,7 @@ def check_config(config: Config) -> None:
     _require(cache == 0 or cache * longest >= 1, "algorithm.overlong_cache", cache, f"0 or ≥ 1/{longest}", hint)
     _launcher(config.launcher)
     _engine_in_place(config)
+    _learner_in_place(config)
     _buffer(config.buffer, config.algorithm)
     _time_limits(config)
     _verifier(config.verifier)
@@ -222,6 +223,20 @@ def _engine_in_place(config: Config) -> None:
         share, expected = config.launcher.gpus_per_actor, f"1 with engine.tensor_parallel_size={spread}"
         hint = "it is per GPU of an engine, and one that spreads over several shares none of them"
         _require(share == 1, "launcher.gpus_per_actor", share, expected, hint)
+
+
+def _learner_in_place(config: Config) -> None:
+    """DeepSpeed beside launcher and model."""
+    c = config.learner
+    if not isinstance(c, DeepSpeedLearnerConfig):
+        return
+    hint = "its ranks are processes of their own; use launcher=ray or learner=torch"
+    _require(isinstance(config.launcher, RayLauncherConfig), "launcher", "inline", "ray with learner=deepspeed", hint)
+    _at_least("learner.ranks", c.ranks, 1)
+    _require(c.zero_stage in (1, 2, 3), "learner.zero_stage", c.zero_stage, "1, 2 or 3", "see configs/learner")
+    if c.offload_parameters:
+        hint = "the other stages keep all parameters on every rank"
+        _require(c.zero_stage == 3, "learner.offload_parameters", True, "false below learner.zero_stage=3", hint)
 
 
 def _learner(c: LearnerConfig, task: TaskConfig) -> None:

@@ -1,11 +1,11 @@
 """Publications by broadcast: the learner sends to all engines at once, each of which joins between two of its steps."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from vapo_async.config import RayLauncherConfig, RunError
-from vapo_async.launcher.ray_calls import answer
+from vapo_async.launcher.ray_answers import Answers
 from vapo_async.launcher.ray_inbox import Inbox
 from vapo_async.launcher.ray_supervisor import RolloutWorkers
 from vapo_async.stages import StageDiedError, StageTimeoutError
@@ -22,7 +22,7 @@ class Broadcasts:
     Args:
         inbox: what the driver waits on.
         launcher: the limits.
-        learner: its actor.
+        learner: the actors of its ranks.
         workers: the rollout workers.
         ranks_per_engine: processes of one engine.
         logs: where a dead process may have left its reason.
@@ -32,12 +32,13 @@ class Broadcasts:
         self,
         inbox: Inbox,
         launcher: RayLauncherConfig,
-        learner: Any,
+        learner: Sequence[Any],
         workers: RolloutWorkers,
         ranks_per_engine: int,
         logs: str,
     ) -> None:
-        self._inbox, self._launcher, self._logs = inbox, launcher, logs
+        self._inbox, self._launcher = inbox, launcher
+        self._answers = Answers(inbox, launcher.stage_timeout_s, logs)
         self._learner, self._workers, self._ranks = learner, workers, ranks_per_engine
         self._group: Group | None = None
         self._layout: Layout | None = None
@@ -53,15 +54,15 @@ class Broadcasts:
         owners = members(self._workers.up_to_date())
         anew = bool(owners) and not fits(self._group, owners)
         if anew:
-            host, port = self._answer(self._learner.meeting_point.remote())
+            host, port = self._answers.get(self._learner[0].meeting_point.remote(), "the learner")
             self._group = Group(host, port, owners, self._ranks)
         if self._layout is None:
-            self._layout = self._answer(self._learner.layout.remote())
-        sent = self._learner.broadcast.remote(self._group if owners else None, anew)
+            self._layout = self._answers.get(self._learner[0].layout.remote(), "the learner")
+        sent = [rank.broadcast.remote(self._group if owners else None, anew) for rank in self._learner]
         parts = {} if self._group is None else {o: Broadcast(self._group, o, self._layout) for o in owners}
-        self._workers.hand(version, lambda: self._learner.sent.remote(), parts)
+        self._workers.hand(version, lambda: [rank.sent.remote() for rank in self._learner], parts)
         try:
-            self._answer(sent, f"{', '.join(owners)} to join the broadcast of version {version}")
+            self._answers.all(sent, f"{', '.join(owners)} to join the broadcast of version {version}")
         except StageDiedError:
             raise
         except RunError:
@@ -70,13 +71,7 @@ class Broadcasts:
             if not self._inbox.wait(lambda: not self._workers.all_live(owners), until):
                 raise
 
-    def _answer(self, reference: Any, whom: str = "the learner") -> Any:
-        call = self._inbox.call(reference)
-        self._wait(lambda: call.done, lambda: whom)
-        assert call.future is not None
-        return answer(call.future, "the learner", self._logs)
-
     def _wait(self, done: Callable[[], bool], whom: Callable[[], str]) -> None:
-        limit = self._launcher.stage_timeout_s
-        if not self._inbox.wait(done, time.monotonic() + limit):
+        if not self._answers.wait(done):
+            limit = self._launcher.stage_timeout_s
             raise StageTimeoutError(f"the learner waited {limit:.0f} s for {whom()}")

@@ -12,7 +12,7 @@ import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 
-from vapo_async.config import Config, ConfigError, RayLauncherConfig, VLLMEngineConfig
+from vapo_async.config import Config, ConfigError, DeepSpeedLearnerConfig, RayLauncherConfig, VLLMEngineConfig
 from vapo_async.launcher.preflight import LOOPBACK, START_RAY, check_ray, ray_address, ray_address_source
 
 
@@ -34,6 +34,7 @@ class Placement:
     """What each kind of actor is given; flow and verifier get nothing of their own."""
 
     learner: Resources
+    learner_ranks: int
     evaluator: Resources
     rollout: Resources
     rollout_workers: int
@@ -41,7 +42,7 @@ class Placement:
     @property
     def all(self) -> list[Resources]:
         """One entry for each actor."""
-        return [self.learner, self.evaluator, *[self.rollout] * self.rollout_workers]
+        return [*[self.learner] * self.learner_ranks, self.evaluator, *[self.rollout] * self.rollout_workers]
 
 
 def placement(config: Config, launcher: RayLauncherConfig) -> Placement:
@@ -50,6 +51,7 @@ def placement(config: Config, launcher: RayLauncherConfig) -> Placement:
     spread = engine.tensor_parallel_size if isinstance(engine, VLLMEngineConfig) else 1
     return Placement(
         Resources.of(config.learner.threads, config.learner.device, launcher),
+        config.learner.ranks if isinstance(config.learner, DeepSpeedLearnerConfig) else 1,
         Resources.of(0, engine.device, launcher, spread),
         Resources.of(launcher.threads_per_worker, engine.device, launcher, spread),
         launcher.rollout_workers,

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ class _Evaluation:
     """One that was asked for, or will be once the one before it has ended."""
 
     step: int
-    tensors: Any | None
+    weights: Sequence[Any]
     reference: Any = None
     """Of the answer; None: not asked for."""
     deadline: float = math.inf
@@ -49,9 +50,9 @@ class Evaluations:
         self._evaluator, self._verifier = evaluator, verifier
         self._started: list[_Evaluation] = []
 
-    def start(self, step: int, tensors: Any | None) -> None:
-        """``tensors``: a reference to the policy; None for the base."""
-        self._started.append(_Evaluation(step, tensors))
+    def start(self, step: int, weights: Sequence[Any]) -> None:
+        """``weights``: references to shares of the policy's; none for the base."""
+        self._started.append(_Evaluation(step, weights))
         self._ask()
 
     @property
@@ -87,7 +88,7 @@ class Evaluations:
         if not waiting or waiting[0].reference is not None:
             return
         evaluation = waiting[0]
-        evaluation.reference = self._evaluator.evaluate.remote(evaluation.step, evaluation.tensors, self._verifier)
+        evaluation.reference = self._evaluator.evaluate.remote(evaluation.step, self._verifier, *evaluation.weights)
         evaluation.deadline = time.monotonic() + self._launcher.evaluation_timeout_s
         self._inbox.watch(evaluation.reference, partial(self._on_answer, evaluation))
 

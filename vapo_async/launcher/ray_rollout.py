@@ -64,7 +64,7 @@ class RolloutActor:
         self._owner, self._flow, self._verifier = owner, flow, verifier
         self._group_size = config.algorithm.group_size
         self._watchdog = Watchdog(engine_timeout_s)
-        self._mailbox: Mailbox[Arrays | Broadcast] = Mailbox()
+        self._mailbox: Mailbox[tuple[Arrays, ...] | Broadcast] = Mailbox()
         self._group: Group | None = None  # of the last broadcast
         self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -76,9 +76,9 @@ class RolloutActor:
     def ping(self) -> None:
         """Returns once the actor is up."""
 
-    def publish(self, version: int, weights: Arrays | Broadcast | None) -> None:
-        """Weights for the next decode step, or the broadcast that brings them; None: those of the version before."""
-        self._mailbox.publish(version, weights)
+    def publish(self, version: int, broadcast: Broadcast | None, *shares: Arrays) -> None:
+        """Weights for the next decode step, in shares, or the broadcast that brings them; neither: those before."""
+        self._mailbox.publish(version, broadcast or shares or None)
         self._inbox.put(_Message("wake"))
 
     def progress(self) -> Progress:
@@ -233,7 +233,7 @@ class RolloutActor:
             self._collector.receive_weights(version, weights.update(), join)
             self._group = weights.group
         else:
-            self._collector.load_weights(version, None if weights is None else to_tensors(weights))
+            self._collector.load_weights(version, None if weights is None else to_tensors(*weights))
 
 
 def _responses(finished: FinishedGroup) -> list[Response]:

@@ -5,7 +5,7 @@ handled there. No wait is without a limit of ``launcher``'s.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,17 @@ from typing import Any
 import ray
 
 from vapo_async.build import BaseModel
-from vapo_async.config import Config, RayLauncherConfig, RunError, VLLMEngineConfig, WeightTransport
+from vapo_async.config import (
+    Config,
+    DeepSpeedLearnerConfig,
+    RayLauncherConfig,
+    RunError,
+    VLLMEngineConfig,
+    WeightTransport,
+)
 from vapo_async.interrupts import Stop
-from vapo_async.launcher.ray_actors import GROUPS, LEARNER_GROUPS, EvaluatorActor, LearnerActor, VerifierActor
+from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, VerifierActor
+from vapo_async.launcher.ray_answers import Answers
 from vapo_async.launcher.ray_broadcast import Broadcasts
 from vapo_async.launcher.ray_calls import answer
 from vapo_async.launcher.ray_cluster import (
@@ -30,6 +38,7 @@ from vapo_async.launcher.ray_cluster import (
 from vapo_async.launcher.ray_evaluations import Evaluations
 from vapo_async.launcher.ray_flow import FlowActor, Progress
 from vapo_async.launcher.ray_inbox import Call, Inbox
+from vapo_async.launcher.ray_learner import LEARNER_GROUPS, LearnerActor
 from vapo_async.launcher.ray_rollout import RolloutActor
 from vapo_async.launcher.ray_services import Counters, Services
 from vapo_async.launcher.ray_supervisor import RolloutWorkers
@@ -67,6 +76,7 @@ class RayStages:
         self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in self._placement.all))
         self._logs = local_logs() if self._local else None
         self._where = "logs/ in the run folder" if self._local else "Ray's logs on its nodes"
+        self._answers = Answers(self._inbox, launcher.stage_timeout_s, self._where)
         try:
             check_resources(self._placement.all, cluster_nodes())
             deadline = time.monotonic() + launcher.start_timeout_s
@@ -75,7 +85,10 @@ class RayStages:
             self._flow = self._start(FlowActor, Resources(), config, base)
             self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
             learner_groups: dict[str, Any] = {"concurrency_groups": LEARNER_GROUPS}
-            self._learner = self._start(LearnerActor, self._placement.learner, config, base, **learner_groups)
+            parts = LearnerActor, self._placement.learner, config, base
+            self._learner = [
+                self._start(*parts, rank, **learner_groups) for rank in range(self._placement.learner_ranks)
+            ]
             self._evaluator = self._start(EvaluatorActor, self._placement.evaluator, config, base, **again)
             self._evaluations = Evaluations(self._inbox, launcher, self._evaluator, self._verifier, self._where)
             told = (self._fail, note, self._where)
@@ -99,8 +112,8 @@ class RayStages:
         if self._take is None:
             self._take = self._inbox.call(self._flow.take.remote())
         take, limit = self._take, self._launcher.stage_timeout_s
-        if not self._wait(lambda: take.done or self._failure is not None or stop(), limit):
-            why = self._get(self._flow.why_waiting.remote(), "the flow", 10)
+        if not self._answers.wait(lambda: take.done or self._failure is not None or stop(), limit):
+            why = self._answers.get(self._flow.why_waiting.remote(), "the flow", 10)
             self._fail(
                 StageTimeoutError(
                     f"the learner waited {limit:.0f} s for a batch: {why}; "
@@ -114,7 +127,8 @@ class RayStages:
         return self.stop_taking()
 
     def learn(self, batch: TakenBatch) -> UpdateResult:
-        result: UpdateResult = self._get(self._learner.update.remote(batch.handle, batch.version), "the learner")
+        asked = [rank.update.remote(batch.handle, batch.version) for rank in self._learner]
+        result: UpdateResult = self._answers.all(asked, "the learner")[0]
         return result
 
     def publish(self, policy_changed: bool) -> int:
@@ -124,16 +138,16 @@ class RayStages:
         else:
             self._hand(version, policy_changed)
         limit = self._launcher.stage_timeout_s
-        if not self._wait(lambda: not self._workers.without(version) or self._failure is not None, limit):
+        if not self._answers.wait(lambda: not self._workers.without(version) or self._failure is not None, limit):
             who = ", ".join(self._workers.without(version))
             raise StageTimeoutError(
                 f"the learner waited {limit:.0f} s for {who} to take the weights of version {version}"
             )
-        self._version = self._get(self._flow.publish.remote(), "the flow")
+        self._version = self._answers.get(self._flow.publish.remote(), "the flow")
         return self._version
 
     def start_evaluation(self, step: int) -> None:
-        self._evaluations.start(step, self._learner.weights.remote()[1] if step else None)
+        self._evaluations.start(step, [rank.weights.remote()[1] for rank in self._learner] if step else [])
 
     @property
     def evaluations_running(self) -> int:
@@ -144,7 +158,7 @@ class RayStages:
 
     def stop_taking(self) -> TakenBatch | None:
         self._workers.close()
-        self._get(self._flow.close.remote(), "the flow")
+        self._answers.get(self._flow.close.remote(), "the flow")
         if self._take is None:
             return None
         return self._taken()  # a closed flow answers at once
@@ -153,8 +167,8 @@ class RayStages:
         limit = self._launcher.stage_timeout_s
         verdicts = self._inbox.call(self._verifier.counters.remote())
         progress = self._workers.progress(time.monotonic() + limit)
-        flow, committed = self._get(self._flow.counters.remote(), "the flow")
-        self._wait(lambda: verdicts.done or self._services.away("verifier") or self._failure is not None, limit)
+        flow, committed = self._answers.get(self._flow.counters.remote(), "the flow")
+        self._answers.wait(lambda: verdicts.done or self._services.away("verifier") or self._failure is not None, limit)
         if verdicts.future is not None and verdicts.future.exception() is None:  # else those known stand
             self._verdicts.seen(verdicts.future.result())
         parts = [_newest(progress.get(owner), committed.get(owner)) for owner in progress.keys() | committed.keys()]
@@ -170,16 +184,16 @@ class RayStages:
 
     def save(self, folder: Path) -> None:
         folder = folder.absolute()
-        save_learner = self._inbox.call(self._learner.save.remote(folder))
+        saved = [self._inbox.call(rank.save.remote(folder)) for rank in self._learner]
         # First the workers, then the flow: a ticket that is committed in between is whole in the flow's state.
         carried = self._workers.partial_groups(time.monotonic() + self._launcher.engine_timeout_s)
-        self._get(self._flow.save.remote(folder, carried), "the flow to save its checkpoint")
-        self._result(save_learner, "the learner to save its checkpoint")
+        self._answers.get(self._flow.save.remote(folder, carried), "the flow to save its checkpoint")
+        self._answers.results(saved, "the learner to save its checkpoint")
 
     def load(self, folder: Path) -> None:
         folder = folder.absolute()
-        self._get(self._learner.load.remote(folder), "the learner to load its checkpoint")
-        self._version = self._get(self._flow.load.remote(folder), "the flow to load its checkpoint")
+        self._answers.all([rank.load.remote(folder) for rank in self._learner], "the learner to load its checkpoint")
+        self._version = self._answers.get(self._flow.load.remote(folder), "the flow to load its checkpoint")
         self._hand(self._version, weights_changed=True)
 
     def shutdown(self, logs: Path | None = None) -> None:
@@ -214,13 +228,14 @@ class RayStages:
         )
 
     def _wait_for_start(self, deadline: float) -> None:
-        services = {
-            "flow": (self._flow, False),
-            "verifier": (self._verifier, True),
-            "learner": (self._learner, False),
-            "evaluator": (self._evaluator, True),
+        learner = {f"learner's rank {rank}" if rank else "learner": actor for rank, actor in enumerate(self._learner)}
+        services = {"flow": (self._flow, False), "verifier": (self._verifier, True)}
+        services |= {name: (actor, False) for name, actor in learner.items()}
+        services |= {"evaluator": (self._evaluator, True)}
+        calls = {
+            name: self._inbox.call(actor.ping.remote()) for name, (actor, _) in services.items() if name not in learner
         }
-        calls = {name: self._inbox.call(actor.ping.remote()) for name, (actor, _) in services.items()}
+        calls |= self._build_learner(learner, deadline)
 
         def missing() -> list[str]:
             return [name for name, call in calls.items() if not call.done] + self._workers.starting()
@@ -248,12 +263,20 @@ class RayStages:
         for name, (actor, restartable) in services.items():
             self._services.watch(name, actor, restartable)
 
+    def _build_learner(self, ranks: Mapping[str, Any], deadline: float) -> dict[str, Call]:
+        """By name, the calls that have them load the models; several meet at a point of the first one."""
+        point = None
+        if isinstance(self._config.learner, DeepSpeedLearnerConfig):
+            limit = max(0.0, deadline - time.monotonic())
+            point = self._answers.get(self._learner[0].meeting_point.remote(), "the learner to start", limit)
+        return {name: self._inbox.call(rank.build.remote(point)) for name, rank in ranks.items()}
+
     def _hand(self, version: int, weights_changed: bool) -> None:
         """Gives the rollout workers a version; the learner confirms that its weights are there."""
-        weights = None
+        weights: tuple[Any, ...] | None = None
         if weights_changed:
-            copied, weights = self._learner.weights.remote()
-            self._get(copied, "the learner to hand over its weights")
+            copied, weights = zip(*(rank.weights.remote() for rank in self._learner), strict=True)
+            self._answers.all(copied, "the learner to hand over its weights")
         self._workers.hand(version, None if weights is None else lambda: weights)
 
     def _fail(self, error: BaseException) -> None:
@@ -274,23 +297,9 @@ class RayStages:
 
     def _taken(self) -> TakenBatch | None:
         assert self._take is not None
-        taken = self._result(self._take, "the flow")
+        taken = self._answers.result(self._take, "the flow")
         self._take = None
         return None if taken is None else TakenBatch(*taken)
-
-    def _wait(self, done: Callable[[], bool], limit_s: float) -> bool:
-        return self._inbox.wait(done, time.monotonic() + limit_s)
-
-    def _get(self, reference: Any, whom: str, timeout_s: float | None = None) -> Any:
-        """The answer, or an error that names whom was waited for; see :func:`.ray_calls.answer`."""
-        return self._result(self._inbox.call(reference), whom, timeout_s)
-
-    def _result(self, call: Call, whom: str, timeout_s: float | None = None) -> Any:
-        limit = self._launcher.stage_timeout_s if timeout_s is None else timeout_s
-        self._wait(lambda: call.done, limit)
-        if call.future is None:
-            raise StageTimeoutError(f"the run waited {limit:.0f} s for {whom} and gave up")
-        return answer(call.future, whom, self._where)
 
 
 def _engine_ranks(config: Config) -> int:

@@ -1,7 +1,7 @@
 """Keeps the rollout workers going: starts them, hands them weights, notices their deaths, replaces them."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
@@ -76,7 +76,7 @@ class RolloutWorkers:
         self._incarnations: dict[int, int] = {}
         self._generating = self._closed = False
         self._version = 0
-        self._weights: Callable[[], Any] | None = None  # gives a reference to the newest; None: the base's
+        self._weights: Callable[[], Sequence[Any]] | None = None  # references to the newest; None: the base's
         self._weights_version = 0  # the first one that has them
         self._broadcasts: Mapping[str, Broadcast] = {}  # of the newest version
         self._before: dict[str, Progress] = {}  # of those that are gone
@@ -103,13 +103,16 @@ class RolloutWorkers:
         self._closed = True
 
     def hand(
-        self, version: int, weights: Callable[[], Any] | None, broadcasts: Mapping[str, Broadcast] | None = None
+        self,
+        version: int,
+        weights: Callable[[], Sequence[Any]] | None,
+        broadcasts: Mapping[str, Broadcast] | None = None,
     ) -> None:
         """A new version, for everybody.
 
         Args:
             version: above all before it.
-            weights: gives a reference to them; None: they are those of the version before.
+            weights: gives references to their shares; None: they are those of the version before.
             broadcasts: by owner, for those that take part in one instead.
         """
         self._version, self._broadcasts = version, broadcasts or {}
@@ -198,11 +201,12 @@ class RolloutWorkers:
             worker.heard_at = time.monotonic()  # it rested: nobody has asked it for a sign of life
         if worker.version < self._version:
             worker.handing = True
-            weights: Any = self._broadcasts.get(worker.owner) if worker.version == self._version - 1 else None
-            if weights is None and self._weights is not None and worker.version < self._weights_version:
-                weights = self._weights()
+            broadcast = self._broadcasts.get(worker.owner) if worker.version == self._version - 1 else None
+            shares: Sequence[Any] = ()
+            if broadcast is None and self._weights is not None and worker.version < self._weights_version:
+                shares = self._weights()
             handed = partial(self._on_handed, worker, self._version)
-            self._inbox.watch(worker.actor.publish.remote(self._version, weights), handed)
+            self._inbox.watch(worker.actor.publish.remote(self._version, broadcast, *shares), handed)
         elif not worker.running and not self._closed:
             worker.running = True
             self._inbox.watch(worker.actor.run.remote(self._seed(worker)), partial(self._on_ended, worker))

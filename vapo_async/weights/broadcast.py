@@ -4,11 +4,11 @@ Rank 0 is the learner; each engine has as many ranks as processes, in the order 
 anew whenever the set of engines has changed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+import torch
 
 
 @dataclass(frozen=True)
@@ -54,14 +54,10 @@ class Layout:
     shapes: list[list[int]]
 
     @classmethod
-    def of(cls, module: nn.Module) -> "Layout":
-        """All parameters, tied ones once."""
-        named: Sequence[tuple[str, nn.Parameter]] = list(module.named_parameters())
-        return cls(
-            [name for name, _ in named],
-            [str(p.dtype).removeprefix("torch.") for _, p in named],
-            [list(p.shape) for _, p in named],
-        )
+    def of(cls, shapes: Mapping[str, torch.Size], dtype: torch.dtype) -> "Layout":
+        """All parameters in their order, tied ones once."""
+        of_all = str(dtype).removeprefix("torch.")
+        return cls(list(shapes), [of_all] * len(shapes), [list(shape) for shape in shapes.values()])
 
 
 @dataclass(frozen=True)

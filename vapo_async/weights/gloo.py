@@ -1,9 +1,10 @@
 """Broadcasts between CPUs, by torch's gloo: the learner's end, and the group for the engines' ends."""
 
+from collections.abc import Iterable
 from datetime import timedelta
 
 import torch
-from torch import nn
+from torch import Tensor
 from torch.distributed import ProcessGroup, ProcessGroupGloo, TCPStore
 
 from vapo_async.weights.broadcast import Group
@@ -28,8 +29,7 @@ def join(host: str, port: int, rank: int, world_size: int) -> ProcessGroup:
 class GlooSender:
     """The learner's end."""
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._policy = policy
+    def __init__(self) -> None:
         self._group: ProcessGroup | None = None
 
     def join(self, group: Group) -> None:
@@ -38,10 +38,10 @@ class GlooSender:
         self._group = join(group.host, group.port, 0, group.world_size)
 
     @torch.no_grad()
-    def send(self) -> None:
-        """All parameters, to whoever is in the group; returns when they have gone out."""
+    def send(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """To whoever is in the group; returns when all have gone out."""
         assert self._group is not None, "joined before"
         group, self._group = self._group, None  # after a failure nobody is to wait for the rest
-        for parameter in self._policy.parameters():
-            group.broadcast(parameter.detach().contiguous(), 0).wait()
+        for _, parameter in parameters:
+            group.broadcast(parameter.contiguous(), 0).wait()
         self._group = group

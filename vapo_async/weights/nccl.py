@@ -1,13 +1,20 @@
 """Broadcasts between GPUs, by vLLM's own NCCL backend: the learner's end."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from torch import nn
-from vllm.distributed.weight_transfer.base import ModuleSource, TrainerWeightTransferEngine, WeightTransferUpdatePayload
+import torch
+from torch import Tensor
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    TrainerWeightTransferEngine,
+    WeightSource,
+    WeightTransferUpdatePayload,
+)
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
-from vapo_async.weights.broadcast import Group
+from vapo_async.weights.broadcast import Group, Layout
 
 
 class NCCLSender:
@@ -15,8 +22,8 @@ class NCCLSender:
     :mod:`vapo_async.launcher.ray_broadcast`.
     """
 
-    def __init__(self, policy: nn.Module) -> None:
-        self._policy = policy
+    def __init__(self, layout: Layout) -> None:
+        self._source = _Stream(layout)
         self._end: TrainerWeightTransferEngine[Any] | None = None
 
     def join(self, group: Group) -> None:
@@ -26,13 +33,29 @@ class NCCLSender:
         self._end = WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(group.host, group.port, group.world_size, rank=0),
             client=_NoClient(),
-            source=ModuleSource(self._policy),
+            source=self._source,
         )
 
-    def send(self) -> None:
-        """All parameters, to whoever is in the group; returns when they have gone out."""
+    def send(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """To whoever is in the group; returns when all have gone out."""
         assert self._end is not None, "joined before"
+        self._source.parameters = parameters
         self._end.send_weights()
+
+
+class _Stream(WeightSource):
+    """What is sent next, as vLLM's end wants it."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self.parameters: Iterable[tuple[str, Tensor]] = ()
+
+    def metadata(self) -> list[ParamMeta]:
+        of_all = zip(self._layout.names, self._layout.dtypes, self._layout.shapes, strict=True)
+        return [ParamMeta(name, getattr(torch, dtype), tuple(shape)) for name, dtype, shape in of_all]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self.parameters)
 
 
 class _NoClient:

@@ -1,10 +1,11 @@
 """The learner's end of broadcasts, by the device of its policy."""
 
+from collections.abc import Iterable
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor
 
-from vapo_async.weights.broadcast import Group
+from vapo_async.weights.broadcast import Group, Layout
 from vapo_async.weights.gloo import GlooSender
 
 
@@ -15,15 +16,15 @@ class Sender(Protocol):
         """Leaves the group before it, if there is one, and waits for all members of the new one."""
         ...
 
-    def send(self) -> None:
-        """All parameters, to whoever is in the group; returns when they have gone out."""
+    def send(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
+        """To whoever is in the group; returns when all have gone out."""
         ...
 
 
-def build_sender(policy: nn.Module) -> Sender:
+def build_sender(device: str, layout: Layout) -> Sender:
     """gloo between CPUs, NCCL between GPUs."""
-    if next(policy.parameters()).device.type == "cpu":
-        return GlooSender(policy)
+    if device == "cpu":
+        return GlooSender()
     from vapo_async.weights.nccl import NCCLSender  # imports vLLM
 
-    return NCCLSender(policy)
+    return NCCLSender(layout)

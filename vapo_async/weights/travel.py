@@ -28,11 +28,12 @@ def to_arrays(tensors: Mapping[str, Tensor]) -> Arrays:
     }
 
 
-def to_tensors(arrays: Arrays) -> dict[str, Tensor]:
-    """Shares the memory of ``arrays``. To be read only: it may belong to others too."""
+def to_tensors(*shares: Arrays) -> dict[str, Tensor]:
+    """Those of all ``shares``, whose memory they have. To be read only: it may belong to others too."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
         return {
             name: torch.from_numpy(array).view(getattr(torch, dtype)).reshape(shape)
-            for name, (dtype, shape, array) in arrays.items()
+            for share in shares
+            for name, (dtype, shape, array) in share.items()
         }
