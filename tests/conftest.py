@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -21,6 +22,9 @@ REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
 
 torch.set_num_threads(1)
+# A limit on the time of one example says how busy the machine is.
+settings.register_profile("vapo_async", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vapo_async")
 
 
 def tiny_policy(vocab_size: int, *, tied: bool = True, family: str = "qwen2", seed: int = 0) -> PreTrainedModel:
