@@ -42,7 +42,7 @@ def enable_packing(model: PreTrainedModel) -> bool:
             return True
     except (TypeError, ValueError):  # a model that takes no such attention, or asks more of it
         pass
-    pass
+    model.set_attn_implementation(before)
     return False
 
 
@@ -129,24 +129,29 @@ def packed_attention(
         [1, S, heads, D], and None for the attention weights.
     """
     if cu_seq_lens_q is None or max_length_q is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-        return output, None
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     asked = [name for name in NOT_PACKED if kwargs.get(name) is not None]
     if asked:
         raise ValueError(f"packed rows have no attention with {', '.join(asked)}: use padded rows")
     grouped = query.shape[1] != key.shape[1]
     if _flash_takes(query, dropout):
-        q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
-        causal = (-1, 0)
-        ends, longest = cu_seq_lens_q, max_length_q
-        out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=causal, enable_gqa=grouped)
-        return out[None], None
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, grouped)[None], None
     sizes = cu_seq_lens_q.diff().tolist()
     parts = [
         scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=grouped)
         for q, k, v in zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     ]
     return torch.cat([part.transpose(1, 2) for part in parts], 1), None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, ends: Tensor, longest: int, scaling: float | None, grouped: bool
+) -> Tensor:
+    q, k, v = (states[0].transpose(0, 1) for states in (query, key, value))
+    causal = (-1, 0)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scaling, window_size=causal, enable_gqa=grouped)
+    assert isinstance(out, Tensor)  # a pair only where more is asked for
+    return out
 
 
 def _flash_takes(query: Tensor, dropout: float) -> bool:
@@ -163,7 +168,7 @@ def _keeps_sequences_apart(model: PreTrainedModel) -> bool:
     backbone = model.get_decoder()
     lengths = (7, 9)
     width = max(lengths)
-    vocab_size = model.get_input_embeddings().num_embeddings
+    vocab_size = int(model.config.get_text_config().vocab_size)
     tokens = (torch.arange(2 * width, device=model.device) * 7919 % vocab_size).view(2, width)
     packed = packed_hidden(backbone, tokens, lengths)
     padded = pack(backbone(input_ids=tokens, use_cache=False).last_hidden_state, lengths)

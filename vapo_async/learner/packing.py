@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from itertools import accumulate, pairwise
 
+from vapo_async.learner.balance import shards
+
 WORTH_PACKING = 0.9
 """Packed where padded passes would be filled less than this: on a CPU the calls per sequence cost about as much as a
 tenth of padding (docs/decisions.md)."""
@@ -39,12 +41,12 @@ def cut(lengths: Sequence[int], max_tokens: int, layout: Layout, at_least: int =
     return microbatches(lengths, max_tokens, at_least)
 
 
-def pass_count(shards: Sequence[Sequence[int]], max_tokens: int, layout: Layout) -> int:
-    """The passes that the rank with the most needs; ``shards`` are the row lengths of each rank.
+def pass_count(ranks: Sequence[Sequence[int]], max_tokens: int, layout: Layout) -> int:
+    """The passes that the rank with the most needs; ``ranks`` holds the row lengths of each.
 
     Where every forward pass waits for all ranks, this is everybody's ``at_least``.
     """
-    return max((len(cut(lengths, max_tokens, layout)) for lengths in shards), default=0)
+    return max((len(cut(lengths, max_tokens, layout)) for lengths in ranks), default=0)
 
 
 def choose_layout(lengths: Sequence[int], max_tokens: int) -> Layout:
@@ -72,18 +74,28 @@ def microbatches(lengths: Sequence[int], max_tokens: int, at_least: int = 0) -> 
 def bins(lengths: Sequence[int], max_tokens: int, at_least: int = 0) -> list[list[int]]:
     """Row indices grouped so that the rows of a bin have ``max_tokens`` tokens together at most.
 
-    A single row longer than the budget gets a bin of its own. Each row goes where it leaves the least room, longest
-    rows first (best-fit decreasing, which needs hardly more bins than the fewest possible).
+    A single row longer than the budget gets a bin of its own. How many there are says best-fit decreasing, which needs
+    hardly more than the fewest possible; then they are filled alike where the budget allows it, so that no pass takes
+    longer than the others, on this rank or, with ``at_least``, between ranks that wait for each other in every pass.
 
     Args:
         lengths: tokens of each row.
         max_tokens: of a bin.
-        at_least: so many bins: fuller ones are split, and what is missing then are empty lists, one for each pass
-            that has no row. More where the budget needs more.
+        at_least: so many bins, or more where the budget needs more; a bin that there is no row for is an empty list.
 
     Returns:
         The bins by their longest row; longest rows first in each, too.
     """
+    fitted = _best_fit(lengths, max_tokens)
+    order = {row: i for i, row in enumerate(_longest_first(lengths, max_tokens))}
+    alike = shards(lengths, max(1, len(fitted), at_least), float)
+    if all(len(rows) <= 1 or sum(lengths[r] for r in rows) <= max_tokens for rows in alike):
+        fitted = [sorted(rows, key=order.__getitem__) for rows in alike if rows]
+    return _split(fitted, lengths, at_least)
+
+
+def _best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Longest rows first, each where it leaves the least room."""
     result: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens that still fit, bin), ascending
     for row in _longest_first(lengths, max_tokens):
@@ -91,11 +103,11 @@ def bins(lengths: Sequence[int], max_tokens: int, at_least: int = 0) -> list[lis
         if at < len(room):
             free, index = room.pop(at)
         else:
-            free, index = max(max_tokens, lengths[row]), len(result)
+            free, index = max_tokens, len(result)  # less than nothing is left behind a row over the budget
             result.append([])
         result[index].append(row)
         insort(room, (free - lengths[row], index))
-    return _split(result, lengths, at_least)
+    return result
 
 
 def _longest_first(lengths: Sequence[int], max_tokens: int) -> list[int]:
@@ -117,8 +129,8 @@ def _split(batches: list[list[int]], lengths: Sequence[int], count: int) -> list
         fullest = max(batches, key=tokens, default=[])
         if len(fullest) < 2:
             break
-        half = tokens(fullest) / 2
-        first = 1 + sum(total < half for total in accumulate(lengths[r] for r in fullest[:-2]))
+        sums = list(accumulate(lengths[r] for r in fullest))
+        first = 1 + min(range(len(fullest) - 1), key=lambda i: abs(2 * sums[i] - sums[-1]))
         batches.remove(fullest)
         batches += [fullest[:first], fullest[first:]]
     batches.sort(key=lambda rows: (-lengths[rows[0]], rows[0]))
