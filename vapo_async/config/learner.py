@@ -8,7 +8,10 @@ class LearnerConfig:
     """How a batch becomes an update."""
 
     max_tokens_per_microbatch: int = 16_384
-    """Padded tokens of one forward-backward pass."""
+    """Tokens of one forward-backward pass, padding included."""
+    packing: bool = True
+    """Takes rows through the models without padding between them, where their attention supports it and padding would
+    be more than a tenth."""
     logprob_chunk_tokens: int = 4096
     """No more logits than of this many positions are held at once; fewer where that is as fast."""
     threads: int = 1

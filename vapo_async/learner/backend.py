@@ -1,6 +1,6 @@
 """What steps a model, whoever does it: the line between VAPO's step and how many processes share it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -62,7 +62,7 @@ class Backend(Protocol):
         """Of the whole parameters, by name, tied ones once."""
         ...
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Any:
+    def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> Any:
         """The model's output, to be used for :meth:`backward`."""
         ...
 

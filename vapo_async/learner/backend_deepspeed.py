@@ -1,7 +1,7 @@
 """DeepSpeed over all ranks of ``torch.distributed``: ZeRO-1, 2 and 3 (arXiv 1910.02054)."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,8 +46,8 @@ class DeepSpeedBackend:
         self._parts = config.zero_stage == _ALL_PARTS
         self.step_count = 0
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Any:
-        return self._engine(tokens, mask)
+    def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> Any:
+        return self._engine(tokens, mask, lengths)
 
     def backward(self, loss: Tensor) -> None:
         self._engine.backward(loss * self._ranks.size)  # DeepSpeed takes the mean over ranks

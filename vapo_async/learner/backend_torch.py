@@ -1,6 +1,6 @@
 """Plain torch, one process: a module with its optimizer and schedule."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,8 +30,8 @@ class TorchBackend:
         )
         self.step_count = 0
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Any:
-        return self.module(tokens, mask)
+    def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> Any:
+        return self.module(tokens, mask, lengths)
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()

@@ -20,10 +20,11 @@ from vapo_async.learner.batch import LearnerBatch
 from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics
 from vapo_async.learner.estimates import write_advantages, write_value_targets
 from vapo_async.learner.mismatch import Decode, MismatchMeter
-from vapo_async.learner.models import Critic, PolicyModel
+from vapo_async.learner.models import Critic, PolicyModel, decoder_cost
+from vapo_async.learner.packed import enable_packing
 from vapo_async.learner.packing import minibatches
 from vapo_async.learner.ranks import OneRank, Ranks, summed
-from vapo_async.learner.sharing import Pass, passes
+from vapo_async.learner.sharing import Pass, Sharing
 from vapo_async.objectives.importance import m2po_keep
 from vapo_async.objectives.losses import (
     Denominators,
@@ -94,6 +95,13 @@ class Learner:
         self.policy = policy.eval()  # eval: no dropout, the ratios compare like with like
         self._settings = PolicySettings.of(algorithm)
         self.critic = None if critic is None else critic.to(self._device).eval()
+        self._sharing = Sharing(
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+            max_tokens=config.max_tokens_per_microbatch,
+            cost=decoder_cost(self.policy),
+            packs=config.packing and _packs(self.policy, self.critic),
+        )
         model = PolicyModel(self.policy, temperature=temperature, chunk_tokens=config.logprob_chunk_tokens)
         self.policy_backend = make_backend(model, _schedule(algorithm.policy_lr, algorithm), PolicyModel.PREFIX)
         self._reference: Snapshot | None = None if self._settings.kl_coef is None else self.policy_backend.snapshot()
@@ -165,29 +173,25 @@ class Learner:
     def _evaluate(self, batch: LearnerBatch, pretraining: bool, needs_prox: bool) -> dict[str, float]:
         """Writes ``prox_log_prob``, ``ref_log_prob`` and ``state_value`` with the weights of the start of the batch."""
         entropy = batch.sample_log_prob.new_zeros((), dtype=torch.float64)
-        for part in self._passes(batch, range(len(batch))):
-            tokens, mask = part.of(batch.tokens), part.mask_of(batch.mask)
+        for part in self._sharing.passes(batch, range(len(batch))):
+            inputs = part.of(batch.tokens), part.mask_of(batch.mask), part.lengths
             if needs_prox:
-                log_prob, of_tokens = self.policy_backend.module(tokens, mask)
+                log_prob, of_tokens = self.policy_backend.module(*inputs)
                 _write(batch.prox_log_prob, part, log_prob)
                 entropy += of_tokens.sum()
             if self._reference is not None and not pretraining:
                 with self.policy_backend.using(self._reference):
-                    _write(batch.ref_log_prob, part, self.policy_backend.module(tokens, mask)[0])
+                    _write(batch.ref_log_prob, part, self.policy_backend.module(*inputs)[0])
             if self.critic_backend is not None:
-                _write(batch.state_value, part, self.critic_backend.module(tokens, mask))
+                _write(batch.state_value, part, self.critic_backend.module(*inputs))
         for evaluated in (batch.prox_log_prob, batch.ref_log_prob, batch.state_value, entropy):
             self.ranks.sum_(evaluated)  # each rank has written the rows that it took
         return {"entropy": float(entropy / batch.mask.sum())} if needs_prox else {}
 
-    def _passes(self, batch: LearnerBatch, rows: Sequence[int]) -> list[Pass]:
-        ranks, limit = self.ranks, self._config.max_tokens_per_microbatch
-        return passes(batch, rows, rank=ranks.rank, ranks=ranks.size, max_tokens=limit)
-
     def _minibatch(self, batch: LearnerBatch, rows: list[int], pretraining: bool) -> dict[str, float]:
         """One optimizer step of the policy, K of the critic; denominators are global to ``rows``, over all ranks."""
         denominators = denominators_of(batch.trained[rows], batch.correct[rows])
-        parts = self._passes(batch, rows)
+        parts = self._sharing.passes(batch, rows)
         metrics = self._critic_steps_on(batch, parts, denominators, pretraining)
         return metrics if pretraining else metrics | self._policy_step_on(batch, rows, parts, denominators)
 
@@ -201,7 +205,7 @@ class Learner:
             sums: Sums = {}
             for part in parts:
                 loss, more = vapo_value_loss(
-                    self.critic_backend.forward(part.of(batch.tokens), part.mask_of(batch.mask)),
+                    self.critic_backend.forward(part.of(batch.tokens), part.mask_of(batch.mask), part.lengths),
                     part.of(batch.value_target),
                     mask=part.mask_of(batch.trained),
                     denominators=denominators,
@@ -225,7 +229,9 @@ class Learner:
             )
         sums: Sums = {}
         for part in parts:
-            log_prob, entropy = self.policy_backend.forward(part.of(batch.tokens), part.mask_of(batch.mask))
+            log_prob, entropy = self.policy_backend.forward(
+                part.of(batch.tokens), part.mask_of(batch.mask), part.lengths
+            )
             losses, more = policy_terms(
                 log_prob,
                 entropy,
@@ -263,6 +269,12 @@ def pretraining_note(variances: Sequence[float]) -> str:
 
 def _schedule(lr: float, algorithm: AlgorithmConfig) -> Schedule:
     return Schedule(lr, algorithm.lr_warmup_steps, algorithm.weight_decay, algorithm.max_grad_norm)
+
+
+def _packs(policy: PreTrainedModel, critic: Critic | None) -> bool:
+    """Both or none: a mini-batch is cut once."""
+    backbone = None if critic is None else critic.backbone
+    return enable_packing(policy) and (not isinstance(backbone, PreTrainedModel) or enable_packing(backbone))
 
 
 def _write(to: Tensor, part: Pass, values: Tensor) -> None:

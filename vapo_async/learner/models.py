@@ -5,12 +5,16 @@ Position convention: entry t of every [N, T] result belongs to token t and is co
 """
 
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vapo_async.config import ConfigError
+from vapo_async.learner.balance import DecoderCost
+from vapo_async.learner.packed import packed_hidden_before_masked
 from vapo_async.objectives.logprobs import token_log_probs
 
 
@@ -29,9 +33,12 @@ class Critic(nn.Module):
         """Starts from a copy of the policy's backbone."""
         return cls(copy.deepcopy(policy.get_decoder()), policy.config.get_text_config().hidden_size)
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Values [N, T] (float32) of ``tokens`` [N, T] int64, right-padded, at the True positions of ``mask``."""
-        hidden = _hidden_before_masked(self.backbone, tokens, mask)
+    def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+        """Values [N, T] (float32) of ``tokens`` [N, T] int64, right-padded, at the True positions of ``mask``.
+
+        ``lengths``: see :func:`policy_log_probs`.
+        """
+        hidden = _hidden_before_masked(self.backbone, tokens, mask, lengths)
         return _scatter(self.value_head(hidden)[:, 0].float(), mask)
 
 
@@ -51,23 +58,48 @@ class PolicyModel(nn.Module):
         super().__init__()
         self.policy, self._temperature, self._chunk_tokens = policy, temperature, chunk_tokens
 
-    def forward(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """See :func:`policy_log_probs`."""
+        temperature, chunk_tokens = self._temperature, self._chunk_tokens
         return policy_log_probs(
-            self.policy, tokens, mask, temperature=self._temperature, chunk_tokens=self._chunk_tokens
+            self.policy, tokens, mask, temperature=temperature, chunk_tokens=chunk_tokens, lengths=lengths
         )
 
 
 def policy_log_probs(
-    policy: PreTrainedModel, tokens: Tensor, mask: Tensor, *, temperature: float, chunk_tokens: int
+    policy: PreTrainedModel,
+    tokens: Tensor,
+    mask: Tensor,
+    *,
+    temperature: float,
+    chunk_tokens: int,
+    lengths: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-prob and entropy, [N, T] float32 each, of ``tokens`` [N, T] under ``softmax(logits / temperature)``."""
-    hidden = _hidden_before_masked(policy.get_decoder(), tokens, mask)
+    """Log-prob and entropy, [N, T] float32 each, of ``tokens`` [N, T] under ``softmax(logits / temperature)``.
+
+    ``lengths``: tokens of each row, of a model that takes rows without padding between them
+    (:func:`vapo_async.learner.packed.enable_packing`); None pads.
+    """
+    hidden = _hidden_before_masked(policy.get_decoder(), tokens, mask, lengths)
     head = policy.get_output_embeddings()
     log_prob, entropy = token_log_probs(
         hidden, head.weight, tokens[mask], temperature=temperature, chunk_tokens=chunk_tokens, bias=head.bias
     )
     return _scatter(log_prob, mask), _scatter(entropy, mask)
+
+
+def decoder_cost(policy: PreTrainedModel) -> DecoderCost:
+    """What a row costs, by the model's own sizes."""
+    text = policy.config.get_text_config()
+    parameters = sum(p.numel() for p in policy.parameters())
+    taken: Any = policy.get_input_embeddings()
+    given: Any = policy.get_output_embeddings()
+    if given.weight is not taken.weight:
+        parameters -= taken.weight.numel()
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return DecoderCost.of(
+        parameters=parameters, layers=text.num_hidden_layers, attention_width=text.num_attention_heads * head
+    )
 
 
 @torch.no_grad()
@@ -92,11 +124,13 @@ def check_log_probs(policy: PreTrainedModel) -> None:
         )
 
 
-def _hidden_before_masked(backbone: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+def _hidden_before_masked(backbone: nn.Module, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None) -> Tensor:
     """Hidden states [M, H] of the position before each masked token.
 
     No padding mask is needed: padding is on the right, and causal attention never looks right.
     """
+    if lengths is not None:
+        return packed_hidden_before_masked(backbone, tokens, mask, lengths)
     hidden: Tensor = backbone(input_ids=tokens, use_cache=False).last_hidden_state
     return hidden[:, :-1][mask[:, 1:]]
 

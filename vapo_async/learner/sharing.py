@@ -1,12 +1,13 @@
 """Which rows a rank takes through the model, and in which passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from vapo_async.learner.balance import shards
 from vapo_async.learner.batch import LearnerBatch
-from vapo_async.learner.packing import microbatches
+from vapo_async.learner.packing import Layout, choose_layout, cut, pass_count
 
 
 @dataclass(frozen=True)
@@ -16,6 +17,8 @@ class Pass:
     rows: list[int]
     """At least one."""
     width: int
+    lengths: list[int] | None
+    """Tokens of each row, where they go through without padding between them; None: padded."""
     counts: bool
     """False: it is only made because another rank makes one too, and nothing of it is used."""
 
@@ -28,24 +31,39 @@ class Pass:
         return self.of(mask) & self.counts
 
 
-def passes(batch: LearnerBatch, rows: Sequence[int], *, rank: int, ranks: int, max_tokens: int) -> list[Pass]:
-    """The passes of one rank over its share of some rows of a batch; all ranks have the same number of them.
+@dataclass(frozen=True)
+class Sharing:
+    """How passes are made.
 
-    With parameters in parts every pass is something that all ranks do together.
+    Args:
+        rank: this process's.
+        ranks: how many share the rows.
+        max_tokens: of one pass.
+        cost: of a row with so many tokens, by which the rows are dealt out.
+        packs: whether the models can take rows without padding between them.
     """
-    shares = _shares([batch.lengths[row] for row in rows], ranks)
-    cuts = [
-        [[rows[share[i]] for i in cut] for cut in microbatches([batch.lengths[rows[j]] for j in share], max_tokens)]
-        for share in shares
-    ]
-    fill = [rows[0]]
-    own = [Pass(cut, max(batch.lengths[row] for row in cut), counts=True) for cut in cuts[rank]]
-    missing = max(map(len, cuts)) - len(own)
-    return own + [Pass(fill, batch.lengths[fill[0]], counts=False)] * missing
 
+    rank: int
+    ranks: int
+    max_tokens: int
+    cost: Callable[[int], float]
+    packs: bool
 
-def _shares(lengths: Sequence[int], ranks: int) -> list[list[int]]:
-    if ranks == 1:
-        return [list(range(len(lengths)))]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [sorted(order[rank::ranks]) for rank in range(ranks)]
+    def passes(self, batch: LearnerBatch, rows: Sequence[int]) -> list[Pass]:
+        """This rank's passes over its share of some rows of a batch; all ranks have the same number of them.
+
+        With parameters in parts every pass is something that all ranks do together.
+        """
+        lengths = [batch.lengths[row] for row in rows]
+        layout = choose_layout(lengths, self.max_tokens) if self.packs else Layout.padded
+        shares = shards(lengths, self.ranks, self.cost)
+        count = pass_count([[lengths[i] for i in share] for share in shares], self.max_tokens, layout)
+        own = [rows[i] for i in shares[self.rank]]
+        made = cut([batch.lengths[row] for row in own], self.max_tokens, layout, count)
+        return [self._pass(batch, [own[i] for i in some], rows[0], layout) for some in made]
+
+    @staticmethod
+    def _pass(batch: LearnerBatch, rows: list[int], filler: int, layout: Layout) -> Pass:
+        lengths = [batch.lengths[row] for row in rows or [filler]]
+        packed = lengths if layout is Layout.packed else None
+        return Pass(rows or [filler], max(lengths), packed, counts=bool(rows))
