@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, SHARED_DATA
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]  # not ``vllm``, whose tests take minutes: the first takes an hour
 
 
 def train(tmp_path: Path, experiment: str, *overrides: str, timeout_s: float) -> dict[str, Any]:
@@ -24,7 +24,6 @@ def train(tmp_path: Path, experiment: str, *overrides: str, timeout_s: float) ->
     return summary
 
 
-@pytest.mark.vllm
 @pytest.mark.timeout(6000)
 def test_smollm2_learns_chain_sums_through_vllm(tmp_path: Path) -> None:
     """The warm start, which is made once and cached, comes before; the standard error of either accuracy is 0.02."""
