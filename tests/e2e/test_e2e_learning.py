@@ -48,8 +48,11 @@ def test_without_a_learning_rate_nothing_is_learned(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_whole_job_passes_its_bar(tmp_path: Path, seed: int) -> None:
-    summary = train(tmp_path, f"seed={seed}", timeout_s=3500)
+@pytest.mark.parametrize(
+    ("seed", "engine"),
+    [(0, "transformers"), (1, "transformers"), (2, "transformers"), pytest.param(0, "vllm", marks=pytest.mark.vllm)],
+)
+def test_the_whole_job_passes_its_bar(tmp_path: Path, seed: int, engine: str) -> None:
+    summary = train(tmp_path, f"seed={seed}", f"engine={engine}", timeout_s=3500)
     assert summary["final_accuracy"] >= 0.75
     assert summary["final_accuracy"] - summary["base_accuracy"] >= 0.35
