@@ -5,7 +5,7 @@
     python benchmarks/simulate.py --cluster benchmarks/clusters/laptop.yaml --png laptop.png      one cluster only
 
 Tickets, deadlines and ages are those of ``RolloutBuffer``; lengths, decoding, prefill, weight updates, failures and
-learning are modelled (``benchmarks/simulation/cluster.py`` says by which numbers), in virtual time. The verifier takes
+learning are modelled (``vapo_async/simulation/cluster.py`` says by which numbers), in virtual time. The verifier takes
 none. Every run has a seed, and the i-th prompt the same lengths for all S and L. Numbers are medians over seeds.
 
 Demanded: (a) the throughput of a worker does not fall from 64 workers to 4,096; (b) with stages that take equally long,
@@ -24,12 +24,13 @@ from pathlib import Path
 
 import torch
 from bench import announce, command_line, environment, parse
-from simulation import demands, sweep, tails
-from simulation.cluster import Cluster, read_cluster
+from simulation import demands, tails
 from simulation.demands import Check
 from simulation.picture import draw
 
 from vapo_async.config import ConfigError
+from vapo_async.simulation import sweep
+from vapo_async.simulation.cluster import Cluster, read_cluster
 
 DEFAULT_CLUSTER = Path(__file__).parent / "clusters" / "one_node_8xh100.yaml"
 

@@ -87,14 +87,13 @@ def _lengths(config: Config, options: dict[str, float]) -> ResponseLengths:
 
 def _simulate(config: Config, plan: Any) -> dict[str, Any]:
     """Prints which S and L to take; all pairs as plain data."""
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
     import torch
-    from simulation.cluster import parse_cluster
-    from simulation.run import simulate
-    from simulation.sweep import Pair, recommend
 
     from vapo_async.planning import report
     from vapo_async.planning.simulated import simulated_cluster
+    from vapo_async.simulation.cluster import parse_cluster
+    from vapo_async.simulation.run import simulate
+    from vapo_async.simulation.sweep import Pair, recommend
 
     torch.set_num_threads(1)
     cluster = parse_cluster(simulated_cluster(config, plan))

@@ -35,7 +35,7 @@ def test_the_tree_in_the_readme_is_the_tree() -> None:
 def test_the_choices_in_the_readme_are_the_choices() -> None:
     for group, choices in group_choices().items():
         row = next(line for line in README.splitlines() if line.startswith(f"| `{group}`"))
-        named = set(re.findall(r"`(\w+)`", row.split("|")[2]))
+        named = set(re.findall(r"`([\w.]+)`", row.split("|")[2]))
         assert named == set(choices), group
 
 

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from simulation.cluster import BatchSizes, Cluster, Learner, Lengths, Publication, Rollout
-from simulation.lengths import mean_length
-from simulation.run import simulate
+from vapo_async.simulation.cluster import BatchSizes, Cluster, Learner, Lengths, Publication, Rollout
+from vapo_async.simulation.lengths import mean_length
+from vapo_async.simulation.run import simulate
 
 LEAST_SCALING, LEAST_OVERLAP = 0.95, 0.95
 LENGTHS = Lengths(median_tokens=1000, sigma=0.8, max_tokens=8000, prompt_tokens=200)

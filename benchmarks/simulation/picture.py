@@ -9,8 +9,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from simulation.cluster import Cluster
-from simulation.sweep import GOOD_ENOUGH, Pair, pareto, recommend
+from vapo_async.simulation.cluster import Cluster
+from vapo_async.simulation.sweep import GOOD_ENOUGH, Pair, pareto, recommend
 
 MAIN, SECOND, QUIET = "#1f5fa8", "#d9722b", "#8a8f98"
 

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from simulation.cluster import BatchSizes, Cluster, Lengths, Rollout
 from simulation.demands import Check
-from simulation.run import simulate
+from vapo_async.simulation.cluster import BatchSizes, Cluster, Lengths, Rollout
+from vapo_async.simulation.run import simulate
 
 LEAST_SPEED, MOST_AGE = 0.95, 2.1
 PAIRS = ((0, 0), (2, 2), (8, 8), (8, 2), (8, 1))

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPOSITORY
-from simulation import demands, sweep, tails
-from simulation.cluster import Lengths, parse_cluster, read_cluster
-from simulation.lengths import mean_length, sampler
-from simulation.sweep import Pair, pareto, recommend
+from simulation import demands, tails
 
 from vapo_async.config import ConfigError
+from vapo_async.simulation import sweep
+from vapo_async.simulation.cluster import Lengths, parse_cluster, read_cluster
+from vapo_async.simulation.lengths import mean_length, sampler
+from vapo_async.simulation.sweep import Pair, pareto, recommend
 
 script = runpy.run_path(str(REPOSITORY / "benchmarks" / "simulate.py"))
 CLUSTERS = sorted((REPOSITORY / "benchmarks" / "clusters").glob("*.yaml"))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 sys.path.append(str(REPOSITORY / "benchmarks"))
 
-from simulation.cluster import (
+from vapo_async.simulation.cluster import (
     BatchSizes,
     Cluster,
     Learner,
@@ -19,7 +19,7 @@ from simulation.cluster import (
     Rollout,
     Stragglers,
 )
-from simulation.run import STRAGGLER, WORKER_LOST, EventKind, Simulation, simulate
+from vapo_async.simulation.run import STRAGGLER, WORKER_LOST, EventKind, Simulation, simulate
 
 TEN = Lengths(median_tokens=10)
 """Every response has 10 tokens: 10 seconds at one token a second."""

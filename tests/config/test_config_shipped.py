@@ -35,7 +35,12 @@ from vapo_async.config.load import (
     save_config,
 )
 
-FILES = sorted(path.relative_to(default_config_dir()) for path in default_config_dir().rglob("*.yaml"))
+CLUSTERS = "cluster"  # no group: what scripts/plan.py plans for
+FILES = sorted(
+    file
+    for path in default_config_dir().rglob("*.yaml")
+    if (file := path.relative_to(default_config_dir())).parts[0] != CLUSTERS
+)
 SCHEMAS = [Config, *(s for s in vars(vapo_async.config).values() if is_dataclass(s) and s is not Config)]
 NEEDS = {"model=folder": ["model.path=somewhere"]}  # what a choice leaves to the user
 

@@ -4,10 +4,10 @@ import random
 from statistics import fmean
 
 import pytest
-from simulation.cluster import Lengths
-from simulation.lengths import sampler
 
 from vapo_async.planning.lengths import ResponseLengths
+from vapo_async.simulation.cluster import Lengths
+from vapo_async.simulation.lengths import sampler
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from simulation.cluster import parse_cluster
 
 from vapo_async.config import Config, ConfigError, FolderModelConfig
 from vapo_async.config.load import load_config
@@ -15,6 +14,7 @@ from vapo_async.planning.lengths import ResponseLengths
 from vapo_async.planning.plan import Plan, layout_of, make_plan
 from vapo_async.planning.report import duration, layout_note, notes, plan_data, plan_text
 from vapo_async.planning.simulated import simulated_cluster
+from vapo_async.simulation.cluster import parse_cluster
 
 LENGTHS = ResponseLengths(4096, 0.8, 20_480, 200)
 SHORT = ResponseLengths(42, 0.5, 128, 20)

@@ -5,9 +5,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from simulation.cluster import Cluster
-from simulation.outcome import Outcome
-from simulation.run import simulate
+from vapo_async.simulation.cluster import Cluster
+from vapo_async.simulation.outcome import Outcome
+from vapo_async.simulation.run import simulate
 
 LEVELS = (0, 1, 2, 3, 4, 6, 8)
 """Values of S and L that are tried."""

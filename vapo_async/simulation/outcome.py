@@ -5,7 +5,7 @@ from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from simulation.cluster import Cluster
+from vapo_async.simulation.cluster import Cluster
 
 
 @dataclass

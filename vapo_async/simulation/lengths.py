@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
 
-from simulation.cluster import Lengths
+from vapo_async.simulation.cluster import Lengths
 
 
 def sampler(lengths: Lengths, generator: random.Random) -> Callable[[], int]:

@@ -9,7 +9,7 @@ from collections import deque
 from dataclasses import dataclass
 from math import inf
 
-from simulation.cluster import Rollout
+from vapo_async.simulation.cluster import Rollout
 
 
 @dataclass

@@ -12,13 +12,13 @@ from enum import IntEnum
 from math import inf
 from typing import NamedTuple
 
-from simulation.cluster import Cluster
-from simulation.engines import Group, Worker
-from simulation.groups import GroupMaker
-from simulation.lengths import sampler
-from simulation.outcome import Measures, Outcome
 from vapo_async.buffer import RolloutBuffer
 from vapo_async.buffer.straggler import StragglerWatch
+from vapo_async.simulation.cluster import Cluster
+from vapo_async.simulation.engines import Group, Worker
+from vapo_async.simulation.groups import GroupMaker
+from vapo_async.simulation.lengths import sampler
+from vapo_async.simulation.outcome import Measures, Outcome
 
 WORKER_LOST, STRAGGLER = "worker lost", "straggler"
 MAX_EVENTS_PER_GROUP = 1000
