@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from vapo_async.config import LearnerConfig
 from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind, MismatchKind, ValueTargetKind
+from vapo_async.learner.activations import checkpoint_activations
 from vapo_async.learner.backend import Backend, Schedule, Snapshot
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.batch import LearnerBatch
@@ -95,6 +96,9 @@ class Learner:
         self.policy = policy.eval()  # eval: no dropout, the ratios compare like with like
         self._settings = PolicySettings.of(algorithm)
         self.critic = None if critic is None else critic.to(self._device).eval()
+        if config.activation_checkpointing:
+            for module in filter(None, (self.policy, self.critic)):
+                checkpoint_activations(module)
         self._sharing = Sharing(
             rank=self.ranks.rank,
             ranks=self.ranks.size,
