@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from vapo_async.config import ConfigError, RunError
 
 CHECKPOINTS = "checkpoints"
+POLICY_FOLDER = "policy"
+"""In a checkpoint: an ordinary Hugging Face folder."""
 COMPLETE = "complete"
 """The manifest of a checkpoint, written last: size and SHA-256 of every other file, as JSON."""
 _REPLACED = ".replaced"  # the old one of a step that is written again, until the new one stands in its place
@@ -107,6 +109,28 @@ def newest_whole(run_dir: Path, note: Callable[[str], None]) -> Path:
         f"no whole checkpoint in {run_dir / CHECKPOINTS} ({'; '.join(faults) or 'there is none'}); "
         "give a run folder that has one, or start a new run"
     )
+
+
+def checkpoint_of(folder: Path, note: Callable[[str], None]) -> Path | None:
+    """The checkpoint that a user means by a folder: a run's newest whole one, or itself; None: it is neither.
+
+    Args:
+        folder: a run's folder or a checkpoint.
+        note: told of broken checkpoints that are left out.
+
+    Raises:
+        ConfigError: the run has no complete checkpoint, or the folder holds several runs.
+    """
+    if (folder / CHECKPOINTS).is_dir():
+        if not list_checkpoints(folder):
+            raise ConfigError(f"no complete checkpoint in {folder / CHECKPOINTS}; wait for one or give another run")
+        return newest_whole(folder, note)
+    if (folder / POLICY_FOLDER).is_dir():
+        return folder
+    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))
+    if runs:
+        raise ConfigError(f"{folder} holds {len(runs)} run(s): give one of them, the newest is {runs[-1]}")
+    return None
 
 
 def find_resume(resume: str, runs_dir: Path, name: str, note: Callable[[str], None] = lambda _: None) -> Path | None:

@@ -14,12 +14,11 @@ from typing import Any
 import torch
 
 from vapo_async.build import BaseModel, HeldOut, build_evaluator, build_heldout, build_verifier, ensure_base
-from vapo_async.checkpoint import CHECKPOINTS, list_checkpoints, newest_whole
+from vapo_async.checkpoint import CHECKPOINTS, POLICY_FOLDER, checkpoint_of
 from vapo_async.collector.vllm_environment import check_vllm
 from vapo_async.config import Config, ConfigError, FolderModelConfig, VLLMEngineConfig
 from vapo_async.config.load import load_config, read_config, to_dict
 from vapo_async.config.saved import CONFIG_FILE, lay_over
-from vapo_async.learner.checkpoint import POLICY_FOLDER
 from vapo_async.metrics.console import format_duration
 from vapo_async.metrics.evaluation import avg_at_k, avg_at_k_stderr, mean_pass_at_k
 from vapo_async.models.load import load_tokenizer
@@ -62,17 +61,8 @@ def evaluation_config(
 
 def _policy_folder(given: str, note: Callable[[str], None]) -> str:
     """The model's folder in what the user gave; anything unknown goes back as it came."""
-    folder = Path(given).expanduser()
-    if (folder / CHECKPOINTS).is_dir():
-        if not list_checkpoints(folder):
-            raise ConfigError(f"no complete checkpoint in {folder / CHECKPOINTS}; wait for one or give another run")
-        return str(newest_whole(folder, note) / POLICY_FOLDER)
-    if (folder / POLICY_FOLDER).is_dir():
-        return str(folder / POLICY_FOLDER)
-    runs = sorted(path.parent for path in folder.glob(f"*/{CHECKPOINTS}"))
-    if runs:
-        raise ConfigError(f"{folder} holds {len(runs)} run(s): give one of them, the newest is {runs[-1]}")
-    return given
+    checkpoint = checkpoint_of(Path(given).expanduser(), note)
+    return given if checkpoint is None else str(checkpoint / POLICY_FOLDER)
 
 
 def _run_config(model: Path) -> Path | None:

@@ -14,10 +14,11 @@ from test_learner_learner import ALGORITHM, VOCAB, assert_close, make_batch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from vapo_async.checkpoint import POLICY_FOLDER
 from vapo_async.config import DeepSpeedLearnerConfig
 from vapo_async.config.algorithm import AlgorithmConfig, ImportanceKind
 from vapo_async.learner.backend import Schedule
-from vapo_async.learner.checkpoint import POLICY_FOLDER, load_learner, save_learner
+from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.models import Critic, policy_log_probs
 from vapo_async.learner.ranks import OneRank, Ranks

@@ -4,6 +4,7 @@ Every rank writes its share of the tensors and reads what it needs of all, so a 
 ranks, and with another backend. Nothing here unpickles: a checkpoint may come from anyone.
 """
 
+import copy
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,12 +13,12 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vapo_async.checkpoint import POLICY_FOLDER
 from vapo_async.config import ConfigError
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.tensor_files import TensorFiles, save_share
 from vapo_async.learner.tensors import check_tensors
 
-POLICY_FOLDER = "policy"
 _WEIGHTS = "model"
 
 
@@ -74,7 +75,10 @@ def load_learner(learner: Learner, folder: Path) -> None:
 
 def _save_description(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """All of a Hugging Face folder but the weights."""
-    policy.config.save_pretrained(folder)
+    config = copy.copy(policy.config)
+    config.architectures = [type(policy).__name__]
+    config.dtype = policy.dtype
+    config.save_pretrained(folder)
     if policy.generation_config is not None:
         policy.generation_config.save_pretrained(folder)
     try:

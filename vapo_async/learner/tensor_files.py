@@ -63,6 +63,10 @@ class TensorFiles(Mapping[str, Tensor]):
         tensor: Tensor = self._where[name].get_tensor(name)
         return tensor
 
+    def shapes(self) -> dict[str, list[int]]:
+        """By name, without reading the tensors."""
+        return {name: file.get_slice(name).get_shape() for name, file in self._where.items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)
 
