@@ -57,10 +57,10 @@ $(READY): pyproject.toml constraints.txt
 # vLLM's CPU build is for tests and benchmarks. The packages for images and sound that it brings along break on torch for
 # the CPU, and transformers with them.
 $(READY_TO_TEST): $(READY)
-	@echo "adding vLLM's CPU build"
+	@echo "adding vLLM's CPU build and DeepSpeed"
 	@index=; $(BIN)/python -c 'import sys, torch; sys.exit("+cpu" not in torch.__version__)' \
 		|| index="--extra-index-url $(TORCH_CPU_INDEX)"; \
-	$(BIN)/python -m pip install -qq --disable-pip-version-check $$index $(PIP_ARGS) -c constraints.txt -e '.[dev,$(VLLM)]'
+	$(BIN)/python -m pip install -qq --disable-pip-version-check $$index $(PIP_ARGS) -c constraints.txt -e '.[dev,$(VLLM),deepspeed]'
 	@$(BIN)/python -c 'import torchvision' 2>/dev/null \
 		|| $(BIN)/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
 	@touch $@

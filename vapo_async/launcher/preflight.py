@@ -9,10 +9,18 @@ from pathlib import Path
 
 from vapo_async.checkpoint import find_resume
 from vapo_async.collector.vllm_environment import check_vllm
-from vapo_async.config import Config, ConfigError, InlineLauncherConfig, RayLauncherConfig, VLLMEngineConfig
+from vapo_async.config import (
+    Config,
+    ConfigError,
+    DeepSpeedLearnerConfig,
+    InlineLauncherConfig,
+    RayLauncherConfig,
+    VLLMEngineConfig,
+)
 from vapo_async.config.load import load_config
 from vapo_async.config.saved import resumed_config
 from vapo_async.launcher.schedule import Turn, replayed
+from vapo_async.learner.deepspeed_environment import check_deepspeed
 
 LOOPBACK = "127.0.0.1"
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and an empty SETTINGS frame
@@ -40,11 +48,14 @@ def preflight(config: Config) -> None:
     Raises:
         ConfigError: something that the user can mend.
     """
-    if config.model.dtype != "float32":
+    sharded = isinstance(config.learner, DeepSpeedLearnerConfig)
+    if config.model.dtype not in (("float32", "bfloat16") if sharded else ("float32",)):
         raise ConfigError(
-            f"model.dtype must be float32 for training, found '{config.model.dtype}': the learner keeps no fp32 master "
-            "weights yet, so small updates would be rounded away"
+            f"model.dtype must be float32 for training, found '{config.model.dtype}': learner=torch keeps no fp32 "
+            "master weights, so small updates would be rounded away; learner=deepspeed does, for bfloat16"
         )
+    if sharded:
+        check_deepspeed()
     if isinstance(config.engine, VLLMEngineConfig):
         check_vllm()
     resumed = find_resume(config.resume, Path(config.runs_dir), config.name)

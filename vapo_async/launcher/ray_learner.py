@@ -1,6 +1,5 @@
 """The learner's processes. All ranks are asked the same; what they answer is rank 0's, or each one's share."""
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,9 +11,10 @@ from tensordict import TensorDictBase
 from torch import Tensor
 
 from vapo_async.build import BaseModel, build_learner
-from vapo_async.config import Config, RunError
+from vapo_async.config import Config, DeepSpeedLearnerConfig, RunError
 from vapo_async.launcher.ray_actors import GROUPS, LOOK, Watched
 from vapo_async.learner.checkpoint import load_learner, save_learner
+from vapo_async.learner.deepspeed_environment import prepare_deepspeed
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.models.load import load_tokenizer
 from vapo_async.weights.broadcast import Group, Layout
@@ -31,7 +31,8 @@ class LearnerActor(Watched):
 
     def __init__(self, config: Config, base: BaseModel, rank: int) -> None:
         torch.set_num_threads(config.learner.threads)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.learner.device == "cpu" else "cuda")
+        if isinstance(config.learner, DeepSpeedLearnerConfig):
+            prepare_deepspeed(config.learner.device)
         self._config, self._base, self._rank = config, base, rank
         self._tokenizer = load_tokenizer(base.tokenizer)
         self._sender: Sender | None = None
