@@ -245,7 +245,8 @@ def test_an_engine_that_does_not_start_is_one_line(base_folder: Path, tmp_path: 
     process = start(command(base_folder, tmp_path, *VLLM, *too_long), log)
     assert process.wait(timeout=300) == 1, log.read_text()
     last = log.read_text().strip().splitlines()[-1]
-    assert re.match(r"error: .* failed: .*max_model_len \(\d+\) is greater than the derived max_model_len", last), last
+    told = r"error: .* failed: vLLM's engine did not start: .*max_model_len \(\d+\) is greater than the derived"
+    assert re.match(told, last), last
     found = re.search(r"; its log is in (\S+)$", last)
     assert found is not None and Path(found[1]).is_dir(), last
     assert not (tmp_path / "tiny").exists()

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from vllm import SamplingParams
 from vllm.config import VllmConfig
 from vllm.distributed.weight_transfer.base import WeightTransferInitRequest, WeightTransferUpdateRequest
@@ -78,7 +79,8 @@ class VLLMProcess:
             self._llm = asyncio.run_coroutine_threadsafe(start, self._loop).result()
         except Exception as error:
             self._stop_loop()
-            first = (str(error).strip() or type(error).__name__).splitlines()[0]
+            told = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error).strip()
+            first = (told or type(error).__name__).splitlines()[0]
             raise RunError(f"vLLM's engine did not start: {first}; what it wrote says more") from error
         except BaseException:
             self._stop_loop()

@@ -1,5 +1,6 @@
 """What an answer of an actor says: its value, or an error that names who was waited for."""
 
+import re
 from concurrent.futures import Future
 from typing import Any
 
@@ -10,7 +11,7 @@ from vapo_async.buffer import PublicationError
 from vapo_async.config import ConfigError, RunError
 from vapo_async.stages import StageDiedError
 
-_NO_WORDS = "For further information visit"  # pydantic's, which checks vLLM's settings
+_OURS = re.compile(r"^vapo_async\.[\w.]+: ")
 _TOLD = (ConfigError, RunError, OSError, SafetensorError, PublicationError)
 
 
@@ -58,9 +59,8 @@ def _lost(whom: str, logs: str) -> StageDiedError:
 
 
 def _last_words(error: RayActorError) -> str:
-    """Of a process that raised while it started: the last line that says something."""
-    lines = [line.strip() for line in str(error).strip().splitlines()]
-    return next((line for line in reversed(lines) if not line.startswith(_NO_WORDS)), "")
+    """Of a process that raised while it started: the last line, without the class of an error that is ours."""
+    return _OURS.sub("", str(error).strip().rpartition("\n")[2].strip())
 
 
 def reason(error: BaseException) -> str:
