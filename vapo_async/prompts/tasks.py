@@ -1,5 +1,6 @@
 """Problems to train on and problems to measure with, which never overlap."""
 
+import logging
 import random
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from vapo_async.config import ChainSumTaskConfig, ConfigError, DatasetTaskConfig
 from vapo_async.prompts.datasets import load_problems
 from vapo_async.schema import Problem
 
+_log = logging.getLogger(__name__)
 _SEED_STRIDE = 1_000_003
 """Distance between the generator's seeds of two training seeds (reasoning-gym seeds problem i with seed + i)."""
 
@@ -133,7 +135,7 @@ def _chain_sum(task: ChainSumTaskConfig, seed: int) -> Task:
 
 def _dataset(task: DatasetTaskConfig) -> Task:
     def load(name: str, split: str) -> list[Problem]:
-        return load_problems(
+        problems = load_problems(
             name,
             question_column=task.question_column,
             answer_column=task.answer_column,
@@ -142,6 +144,7 @@ def _dataset(task: DatasetTaskConfig) -> Task:
             split=split,
             skip_incomplete=task.skip_incomplete,
         )
+        return _distinct(name, problems)
 
     rows = load(task.train, task.train_split)
     if task.heldout is not None:
@@ -158,6 +161,16 @@ def _dataset(task: DatasetTaskConfig) -> Task:
             "lower task.heldout_problems or give task.heldout a file of its own"
         )
     return Task(_name(task.train), train, heldout, removed)
+
+
+def _distinct(name: str, problems: list[Problem]) -> list[Problem]:
+    """Each question once, where it comes first: published sets repeat theirs, up to a hundred times."""
+    first: dict[str, Problem] = {}
+    for problem in problems:
+        first.setdefault(normalise_question(problem.question), problem)
+    if len(first) < len(problems):
+        _log.warning("left out %d rows of %s whose question came before", len(problems) - len(first), name)
+    return [replace(problem, index=i) for i, problem in enumerate(first.values())]
 
 
 def _name(train: str) -> str:
