@@ -93,7 +93,7 @@ def test_a_question_is_asked_once_however_often_it_is_in_the_file(
     assert [(p.index, p.question, p.answer) for p in task.train] == [(0, "a", "0"), (1, "b", "1"), (2, "c", "3")]
     assert [p.question for p in task.heldout] == [f"question {i}" for i in range(30)]
     assert task.overlap_removed == 0
-    assert f"left out 1 rows of {files['train']} whose question came before" in caplog.text
+    assert f"left out 1 rows of {train} whose question came before" in caplog.text
 
 
 @settings(max_examples=30, deadline=None)

@@ -10,7 +10,7 @@ class ModelConfig:
     """Where the base policy comes from."""
 
     dtype: str = "float32"
-    """Of policy and critic: ``float32``, or ``bfloat16`` with ``learner=deepspeed``, which keeps fp32 master weights."""
+    """Of policy and critic: ``float32``; or ``bfloat16``, with ``learner=deepspeed``, which has fp32 master weights."""
     critic_path: str | None = None
     """A Hugging Face folder whose backbone starts the critic; null copies the policy's."""
 
