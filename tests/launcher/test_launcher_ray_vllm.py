@@ -72,22 +72,29 @@ ENGINE, LEARNER = Resources(1, 4), Resources(2, 1)
         (
             [LEARNER, ENGINE, ENGINE],
             [NODE, NODE],
-            "the run needs 9 GPUs, the Ray cluster has 8: lower launcher.rollout_workers, launcher.gpus_per_actor or "
-            "engine.tensor_parallel_size, or give the cluster more",
+            "the run needs 9 GPUs, the Ray cluster has 8: lower launcher.rollout_workers, learner.ranks, "
+            "launcher.gpus_per_actor or engine.tensor_parallel_size, or give the cluster more",
         ),
         (
             [LEARNER, ENGINE],
             [{"CPU": 8.0, "GPU": 2.0}] * 3,
             "one process of the run needs 4 GPUs, no node of the Ray cluster has more than 2: lower "
-            "launcher.rollout_workers, launcher.gpus_per_actor or engine.tensor_parallel_size, or give the cluster a "
-            "larger node",
+            "launcher.rollout_workers, learner.ranks, launcher.gpus_per_actor or engine.tensor_parallel_size, or give "
+            "the cluster a larger node",
         ),
         (
             [Resources(9)],
             [{"CPU": 8.0}],
-            "the run needs 9 CPUs, the Ray cluster has 8: lower launcher.rollout_workers or the threads, or give the "
-            "cluster more",
+            "the run needs 9 CPUs, the Ray cluster has 8: lower launcher.rollout_workers, learner.ranks or the "
+            "threads, or give the cluster more",
         ),
+        (
+            [Resources(1, 0, {"engines": 1}), Resources(1, 0, {"engines": 1})],
+            [NODE, NODE | {"engines": 1.0}],
+            "the run needs 2 of the resource 'engines', the Ray cluster has 1: lower launcher.learner_resources or "
+            "launcher.rollout_resources, or give the cluster more",
+        ),
+        ([Resources(1, 0, {"engines": 1}), Resources(1)], [NODE, {"CPU": 1.0, "engines": 1.0}], None),
     ],
 )
 def test_a_cluster_that_is_too_small_is_told(

@@ -85,11 +85,8 @@ def test_a_question_is_asked_once_however_often_it_is_in_the_file(
 ) -> None:
     """Published sets repeat theirs: 30 held-out rows of 32 copies each would be a few problems, many times."""
     repeated = [f"question {i}" for i in range(30) for _ in range(32)]
-    files = {
-        "train": rows(tmp_path / "train.jsonl", "a", "b", "A ", "c"),
-        "heldout": rows(tmp_path / "h.jsonl", *repeated),
-    }
-    task = build_task(DatasetTaskConfig(**files, heldout_problems=30), seed=0)
+    train, heldout = rows(tmp_path / "train.jsonl", "a", "b", "A ", "c"), rows(tmp_path / "test.jsonl", *repeated)
+    task = build_task(DatasetTaskConfig(train=train, heldout=heldout, heldout_problems=30), seed=0)
     assert [(p.index, p.question, p.answer) for p in task.train] == [(0, "a", "0"), (1, "b", "1"), (2, "c", "3")]
     assert [p.question for p in task.heldout] == [f"question {i}" for i in range(30)]
     assert task.overlap_removed == 0

@@ -1,6 +1,6 @@
 """Where the stages run, and how long each waits for another."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -32,6 +32,10 @@ class RayLauncherConfig(LauncherConfig):
     """Torch threads of a rollout worker."""
     gpus_per_actor: float = 1.0
     """GPUs that Ray reserves for each actor whose device is not the CPU; below 1 they share one."""
+    learner_resources: dict[str, float] = field(default_factory=dict)
+    """Of a rank of the learner, what else Ray reserves, by the names that ``ray start --resources`` gave to nodes."""
+    rollout_resources: dict[str, float] = field(default_factory=dict)
+    """Likewise of a rollout worker and of the evaluator: of whoever has an engine."""
     connect_timeout_s: float = 20.0
     """Seconds, limit for an existing cluster to answer."""
     start_timeout_s: float = 300.0

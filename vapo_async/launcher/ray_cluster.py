@@ -5,12 +5,15 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from vapo_async.config import Config, ConfigError, DeepSpeedLearnerConfig, RayLauncherConfig, VLLMEngineConfig
 from vapo_async.launcher.preflight import LOOPBACK, START_RAY, check_ray, ray_address, ray_address_source
@@ -22,11 +25,24 @@ class Resources:
 
     num_cpus: int = 0
     num_gpus: float = 0.0
+    custom: Mapping[str, float] = field(default_factory=dict)
+    """By the names that nodes were started with."""
 
     @classmethod
-    def of(cls, threads: int, device: str, config: RayLauncherConfig, spread: int = 1) -> "Resources":
+    def of(
+        cls, threads: int, device: str, config: RayLauncherConfig, custom: Mapping[str, float], spread: int = 1
+    ) -> "Resources":
         """A CPU for each thread; where the device is not the CPU, ``launcher.gpus_per_actor`` ``spread`` times."""
-        return cls(threads, 0.0 if device == "cpu" else spread * config.gpus_per_actor)
+        return cls(threads, 0.0 if device == "cpu" else spread * config.gpus_per_actor, custom)
+
+    def options(self) -> dict[str, Any]:
+        """As an actor is given them."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "resources": dict(self.custom)}
+
+    def bundle(self) -> dict[str, float]:
+        """As a placement group reserves them."""
+        standard = {"CPU": float(self.num_cpus), "GPU": self.num_gpus}
+        return {kind: amount for kind, amount in (standard | dict(self.custom)).items() if amount}
 
 
 @dataclass(frozen=True)
@@ -50,12 +66,28 @@ def placement(config: Config, launcher: RayLauncherConfig) -> Placement:
     engine = config.engine
     spread = engine.tensor_parallel_size if isinstance(engine, VLLMEngineConfig) else 1
     return Placement(
-        Resources.of(config.learner.threads, config.learner.device, launcher),
+        Resources.of(config.learner.threads, config.learner.device, launcher, launcher.learner_resources),
         config.learner.ranks if isinstance(config.learner, DeepSpeedLearnerConfig) else 1,
-        Resources.of(0, engine.device, launcher, spread),
-        Resources.of(launcher.threads_per_worker, engine.device, launcher, spread),
+        Resources.of(0, engine.device, launcher, launcher.rollout_resources, spread),
+        Resources.of(launcher.threads_per_worker, engine.device, launcher, launcher.rollout_resources, spread),
         launcher.rollout_workers,
     )
+
+
+def reserve_together(resources: Resources, count: int, limit_s: float) -> tuple[PlacementGroup, list[dict[str, Any]]]:
+    """Room for ``count`` actors, on as few nodes as can be: all or none. Returns it and what each actor is started with.
+
+    Raises:
+        ConfigError: there was no room within ``limit_s`` seconds.
+    """
+    group = ray.util.placement_group([resources.bundle()] * count, strategy="PACK")
+    if not group.wait(limit_s):
+        ray.util.remove_placement_group(group)
+        raise ConfigError(
+            f"no room for the {count} ranks of the learner within {limit_s:.0f} s, {resources.bundle()} each: others use "
+            "the Ray cluster too; lower learner.ranks, wait for them, or raise launcher.start_timeout_s"
+        )
+    return group, [{"scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)} for i in range(count)]
 
 
 def check_resources(needed: Sequence[Resources], nodes: Sequence[Mapping[str, float]]) -> None:
@@ -68,22 +100,26 @@ def check_resources(needed: Sequence[Resources], nodes: Sequence[Mapping[str, fl
     Raises:
         ConfigError: the cluster is too small, or none of its nodes is large enough for one actor.
     """
-    cpus, gpus = [float(r.num_cpus) for r in needed], [r.num_gpus for r in needed]
-    for kind, wanted, settings in (
-        ("CPU", cpus, "launcher.rollout_workers or the threads"),
-        ("GPU", gpus, "launcher.rollout_workers, launcher.gpus_per_actor or engine.tensor_parallel_size"),
-    ):
+    settings = {
+        "CPU": "launcher.rollout_workers, learner.ranks or the threads",
+        "GPU": "launcher.rollout_workers, learner.ranks, launcher.gpus_per_actor or engine.tensor_parallel_size",
+    }
+    bundles = [resources.bundle() for resources in needed]
+    for kind in ("CPU", "GPU", *sorted({kind for bundle in bundles for kind in bundle} - settings.keys())):
+        lower = settings.get(kind, "launcher.learner_resources or launcher.rollout_resources")
+        name = f"{kind}s" if kind in settings else f"of the resource '{kind}'"
+        wanted = [bundle.get(kind, 0.0) for bundle in bundles]
         have = [node.get(kind, 0.0) for node in nodes]
         total, most = sum(wanted), max(wanted, default=0.0)
         if total > sum(have):
             raise ConfigError(
-                f"the run needs {total:g} {kind}s, the Ray cluster has {sum(have):g}: lower {settings}, "
+                f"the run needs {total:g} {name}, the Ray cluster has {sum(have):g}: lower {lower}, "
                 "or give the cluster more"
             )
         if most > max(have, default=0.0):
             raise ConfigError(
-                f"one process of the run needs {most:g} {kind}s, no node of the Ray cluster has more than "
-                f"{max(have, default=0.0):g}: lower {settings}, or give the cluster a larger node"
+                f"one process of the run needs {most:g} {name}, no node of the Ray cluster has more than "
+                f"{max(have, default=0.0):g}: lower {lower}, or give the cluster a larger node"
             )
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup
 
 from vapo_async.build import BaseModel
 from vapo_async.config import (
@@ -33,6 +34,7 @@ from vapo_async.launcher.ray_cluster import (
     keep_logs,
     local_logs,
     placement,
+    reserve_together,
     start_ray,
 )
 from vapo_async.launcher.ray_evaluations import Evaluations
@@ -68,6 +70,7 @@ class RayStages:
         self._config, self._launcher, self._base = config, launcher, base
         self._inbox = Inbox()
         self._actors: list[Any] = []
+        self._reserved: PlacementGroup | None = None
         self._failure: BaseException | None = None
         self._take: Call | None = None
         self._version = 0
@@ -84,11 +87,7 @@ class RayStages:
             again = watched | {"max_restarts": launcher.max_restarts, "max_task_retries": -1}
             self._flow = self._start(FlowActor, Resources(), config, base)
             self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
-            learner_groups: dict[str, Any] = {"concurrency_groups": LEARNER_GROUPS}
-            parts = LearnerActor, self._placement.learner, config, base
-            self._learner = [
-                self._start(*parts, rank, **learner_groups) for rank in range(self._placement.learner_ranks)
-            ]
+            self._learner = self._start_learner(deadline)
             self._evaluator = self._start(EvaluatorActor, self._placement.evaluator, config, base, **again)
             self._evaluations = Evaluations(self._inbox, launcher, self._evaluator, self._verifier, self._where)
             told = (self._fail, note, self._where)
@@ -202,15 +201,28 @@ class RayStages:
         if not self._local:
             for actor in self._actors:
                 ray.kill(actor)
+            if self._reserved is not None:
+                ray.util.remove_placement_group(self._reserved)
         ray.shutdown()
         if logs is not None and self._logs is not None:
             keep_logs(self._logs, logs)
 
     def _start(self, stage: type[Any], resources: Resources, *parts: Any, **options: Any) -> Any:
         """Starts the actor of one stage; Ray counts ``resources`` against what the cluster has."""
-        options |= {"num_cpus": resources.num_cpus, "num_gpus": resources.num_gpus}
+        options |= resources.options()
         self._actors.append(ray.remote(**options)(stage).remote(*parts))
         return self._actors[-1]
+
+    def _start_learner(self, deadline: float) -> list[Any]:
+        """All ranks. Several are placed together, before anybody else takes the room."""
+        resources, ranks = self._placement.learner, self._placement.learner_ranks
+        where: list[dict[str, Any]] = [{}]
+        if ranks > 1:
+            limit = max(0.0, deadline - time.monotonic())
+            self._reserved, where = reserve_together(resources, ranks, limit)
+        settings: dict[str, Any] = {"concurrency_groups": LEARNER_GROUPS}
+        parts = LearnerActor, resources, self._config, self._base
+        return [self._start(*parts, rank, **settings, **where[rank]) for rank in range(ranks)]
 
     def _spawn(self, index: int, owner: str) -> Any:
         """The process of a rollout worker."""
