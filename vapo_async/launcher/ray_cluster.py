@@ -75,7 +75,7 @@ def placement(config: Config, launcher: RayLauncherConfig) -> Placement:
 
 
 def reserve_together(resources: Resources, count: int, limit_s: float) -> tuple[PlacementGroup, list[dict[str, Any]]]:
-    """Room for ``count`` actors, on as few nodes as can be: all or none. Returns it and what each actor is started with.
+    """Room for ``count`` actors on as few nodes as can be, all or none: what each of them is started with.
 
     Raises:
         ConfigError: there was no room within ``limit_s`` seconds.
@@ -84,8 +84,8 @@ def reserve_together(resources: Resources, count: int, limit_s: float) -> tuple[
     if not group.wait(limit_s):
         ray.util.remove_placement_group(group)
         raise ConfigError(
-            f"no room for the {count} ranks of the learner within {limit_s:.0f} s, {resources.bundle()} each: others use "
-            "the Ray cluster too; lower learner.ranks, wait for them, or raise launcher.start_timeout_s"
+            f"no room for the {count} ranks of the learner within {limit_s:.0f} s, {resources.bundle()} each: others "
+            "use the Ray cluster too; lower learner.ranks, wait for them, or raise launcher.start_timeout_s"
         )
     return group, [{"scheduling_strategy": PlacementGroupSchedulingStrategy(group, i)} for i in range(count)]
 

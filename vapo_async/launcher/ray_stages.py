@@ -5,49 +5,41 @@ handled there. No wait is without a limit of ``launcher``'s.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup
 
 from vapo_async.build import BaseModel
 from vapo_async.config import (
     Config,
-    DeepSpeedLearnerConfig,
     RayLauncherConfig,
     RunError,
     VLLMEngineConfig,
     WeightTransport,
 )
 from vapo_async.interrupts import Stop
-from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, VerifierActor
 from vapo_async.launcher.ray_answers import Answers
 from vapo_async.launcher.ray_broadcast import Broadcasts
 from vapo_async.launcher.ray_calls import answer
 from vapo_async.launcher.ray_cluster import (
-    Resources,
     check_resources,
     cluster_nodes,
     keep_logs,
     local_logs,
     placement,
-    reserve_together,
     start_ray,
 )
 from vapo_async.launcher.ray_evaluations import Evaluations
-from vapo_async.launcher.ray_flow import FlowActor, Progress
+from vapo_async.launcher.ray_flow import Progress
 from vapo_async.launcher.ray_inbox import Call, Inbox
-from vapo_async.launcher.ray_learner import LEARNER_GROUPS, LearnerActor
-from vapo_async.launcher.ray_rollout import RolloutActor
 from vapo_async.launcher.ray_services import Counters, Services
+from vapo_async.launcher.ray_start import Actors
 from vapo_async.launcher.ray_supervisor import RolloutWorkers
 from vapo_async.learner.learner import UpdateResult
 from vapo_async.stages import EvaluationResult, FlowStats, StageDiedError, StageTimeoutError, TakenBatch
-
-_CALLS = 6  # of a rollout worker at one time: run, weights, a ping, questions
 
 
 class RayStages:
@@ -69,26 +61,22 @@ class RayStages:
     ) -> None:
         self._config, self._launcher, self._base = config, launcher, base
         self._inbox = Inbox()
-        self._actors: list[Any] = []
-        self._reserved: PlacementGroup | None = None
         self._failure: BaseException | None = None
         self._take: Call | None = None
         self._version = 0
         self._verdicts = Counters()
-        self._placement = placement(config, launcher)
-        self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in self._placement.all))
+        placed = placement(config, launcher)
+        self._actors = Actors(config, launcher, base, placed)
+        self._local = start_ray(launcher, cpus=sum(r.num_cpus for r in placed.all))
         self._logs = local_logs() if self._local else None
         self._where = "logs/ in the run folder" if self._local else "Ray's logs on its nodes"
         self._answers = Answers(self._inbox, launcher.stage_timeout_s, self._where)
         try:
-            check_resources(self._placement.all, cluster_nodes())
+            check_resources(placed.all, cluster_nodes())
             deadline = time.monotonic() + launcher.start_timeout_s
-            watched: dict[str, Any] = {"concurrency_groups": GROUPS}
-            again = watched | {"max_restarts": launcher.max_restarts, "max_task_retries": -1}
-            self._flow = self._start(FlowActor, Resources(), config, base)
-            self._verifier = self._start(VerifierActor, Resources(), config, max_concurrency=4, **again)
-            self._learner = self._start_learner(deadline)
-            self._evaluator = self._start(EvaluatorActor, self._placement.evaluator, config, base, **again)
+            self._flow, self._verifier = self._actors.flow(), self._actors.verifier()
+            self._learner = self._actors.learner(deadline)
+            self._evaluator = self._actors.evaluator()
             self._evaluations = Evaluations(self._inbox, launcher, self._evaluator, self._verifier, self._where)
             told = (self._fail, note, self._where)
             self._workers = RolloutWorkers(config, launcher, self._inbox, self._flow, self._spawn, *told)
@@ -199,45 +187,14 @@ class RayStages:
         if not ray.is_initialized():
             return
         if not self._local:
-            for actor in self._actors:
-                ray.kill(actor)
-            if self._reserved is not None:
-                ray.util.remove_placement_group(self._reserved)
+            self._actors.kill()
         ray.shutdown()
         if logs is not None and self._logs is not None:
             keep_logs(self._logs, logs)
 
-    def _start(self, stage: type[Any], resources: Resources, *parts: Any, **options: Any) -> Any:
-        """Starts the actor of one stage; Ray counts ``resources`` against what the cluster has."""
-        options |= resources.options()
-        self._actors.append(ray.remote(**options)(stage).remote(*parts))
-        return self._actors[-1]
-
-    def _start_learner(self, deadline: float) -> list[Any]:
-        """All ranks. Several are placed together, before anybody else takes the room."""
-        resources, ranks = self._placement.learner, self._placement.learner_ranks
-        where: list[dict[str, Any]] = [{}]
-        if ranks > 1:
-            limit = max(0.0, deadline - time.monotonic())
-            self._reserved, where = reserve_together(resources, ranks, limit)
-        settings: dict[str, Any] = {"concurrency_groups": LEARNER_GROUPS}
-        parts = LearnerActor, resources, self._config, self._base
-        return [self._start(*parts, rank, **settings, **where[rank]) for rank in range(ranks)]
-
     def _spawn(self, index: int, owner: str) -> Any:
         """The process of a rollout worker."""
-        launcher = self._launcher
-        parts = (launcher.threads_per_worker, launcher.engine_timeout_s, self._flow, self._verifier)
-        return self._start(
-            RolloutActor,
-            self._placement.rollout,
-            self._config,
-            self._base,
-            index,
-            owner,
-            *parts,
-            max_concurrency=_CALLS,
-        )
+        return self._actors.rollout(index, owner, self._flow, self._verifier)
 
     def _wait_for_start(self, deadline: float) -> None:
         learner = {f"learner's rank {rank}" if rank else "learner": actor for rank, actor in enumerate(self._learner)}
@@ -247,7 +204,9 @@ class RayStages:
         calls = {
             name: self._inbox.call(actor.ping.remote()) for name, (actor, _) in services.items() if name not in learner
         }
-        calls |= self._build_learner(learner, deadline)
+        limit = max(0.0, deadline - time.monotonic())
+        point = self._actors.meeting_point(self._learner[0], self._answers, limit)
+        calls |= {name: self._inbox.call(rank.build.remote(point)) for name, rank in learner.items()}
 
         def missing() -> list[str]:
             return [name for name, call in calls.items() if not call.done] + self._workers.starting()
@@ -274,14 +233,6 @@ class RayStages:
             )
         for name, (actor, restartable) in services.items():
             self._services.watch(name, actor, restartable)
-
-    def _build_learner(self, ranks: Mapping[str, Any], deadline: float) -> dict[str, Call]:
-        """By name, the calls that have them load the models; several meet at a point of the first one."""
-        point = None
-        if isinstance(self._config.learner, DeepSpeedLearnerConfig):
-            limit = max(0.0, deadline - time.monotonic())
-            point = self._answers.get(self._learner[0].meeting_point.remote(), "the learner to start", limit)
-        return {name: self._inbox.call(rank.build.remote(point)) for name, rank in ranks.items()}
 
     def _hand(self, version: int, weights_changed: bool) -> None:
         """Gives the rollout workers a version; the learner confirms that its weights are there."""
