@@ -5,6 +5,7 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vapo_async.build import BaseModel
 from vapo_async.config import Config, DeepSpeedLearnerConfig, RayLauncherConfig
@@ -36,10 +37,12 @@ class Actors:
         self._again = self._watched | {"max_restarts": launcher.max_restarts, "max_task_retries": -1}
 
     def flow(self) -> Any:
-        return self._start(FlowActor, Resources(), self._config, self._base)
+        """Beside the driver: with its node the run ends anyway, with another one it need not."""
+        return self._start(FlowActor, Resources(), self._config, self._base, **_beside_the_driver())
 
     def verifier(self) -> Any:
-        return self._start(VerifierActor, Resources(), self._config, max_concurrency=4, **self._again)
+        options = self._again | _beside_the_driver()
+        return self._start(VerifierActor, Resources(), self._config, max_concurrency=4, **options)
 
     def evaluator(self) -> Any:
         return self._start(EvaluatorActor, self._placed.evaluator, self._config, self._base, **self._again)
@@ -81,3 +84,9 @@ class Actors:
         options |= resources.options()
         self._started.append(ray.remote(**options)(stage).remote(*parts))
         return self._started[-1]
+
+
+def _beside_the_driver() -> dict[str, Any]:
+    """What needs no resources would be placed anywhere."""
+    node = ray.get_runtime_context().get_node_id()
+    return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
