@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vapo_async.buffer import DynamicSampling, RolloutBuffer, StragglerWatch
 from vapo_async.collector.collector import Collector
@@ -37,9 +37,9 @@ from vapo_async.config import (
 )
 from vapo_async.config.algorithm import AdvantageKind
 from vapo_async.flow import Flow
-from vapo_async.learner.backend import Schedule
+from vapo_async.learner.backend import ALL_PARTS, Schedule
 from vapo_async.learner.learner import Learner
-from vapo_async.learner.models import Critic, check_log_probs
+from vapo_async.learner.models import Critic
 from vapo_async.models.load import check_device, ensure_model, ensure_tokenizer, load_policy, load_tokenizer
 from vapo_async.models.warm_start import ensure_warm_start
 from vapo_async.prompts.stream import PromptStream
@@ -194,14 +194,6 @@ def build_learner(
         meeting_point: host and port at which these meet; returns once all are there.
     """
     check_device("learner.device", config.learner.device)
-    policy = load_policy(base.model, config.model.dtype)
-    check_log_probs(policy)
-    critic = None
-    if config.algorithm.advantage is AdvantageKind.gae:
-        critic_path = config.model.critic_path
-        critic = Critic.from_policy(
-            policy if critic_path is None else load_policy(Path(critic_path), config.model.dtype)
-        )
 
     def decode(token_ids: Sequence[int]) -> list[str]:
         tokenizer = load_tokenizer(base.tokenizer)
@@ -218,10 +210,13 @@ def build_learner(
     )
     match config.learner:
         case TorchLearnerConfig():
-            return build(policy, critic)
+            return build(*_models(config, base))
         case DeepSpeedLearnerConfig() as settings:
             assert meeting_point is not None, "the launcher gives one"
-            from vapo_async.learner.backend_deepspeed import DeepSpeedBackend  # importing DeepSpeed takes seconds
+            from vapo_async.learner.backend_deepspeed import (  # imports DeepSpeed: seconds
+                DeepSpeedBackend,
+                load_in_parts,
+            )
             from vapo_async.learner.distributed import join_ranks
 
             assert isinstance(config.launcher, RayLauncherConfig), "the configuration is checked for it"
@@ -231,8 +226,26 @@ def build_learner(
             def backend(module: nn.Module, schedule: Schedule, prefix: str) -> DeepSpeedBackend:
                 return DeepSpeedBackend(module, schedule, settings, ranks, prefix)
 
+            load = load_policy
+            if settings.zero_stage == ALL_PARTS:
+                load = partial(load_in_parts, config=settings)
+            policy, critic = _models(config, base, load, copy=load is load_policy)
             return build(policy, critic, ranks=ranks, make_backend=backend)
     raise TypeError(f"no learner for {type(config.learner).__name__}")
+
+
+def _models(
+    config: Config, base: BaseModel, load: Callable[[Path, str], PreTrainedModel] = load_policy, *, copy: bool = True
+) -> tuple[PreTrainedModel, Critic | None]:
+    """``copy``: the critic's backbone is copied from the policy's where it starts as the same, not loaded again."""
+    policy = load(base.model, config.model.dtype)
+    if config.algorithm.advantage is not AdvantageKind.gae:
+        return policy, None
+    path = config.model.critic_path
+    if path is None and copy:
+        return policy, Critic.from_policy(policy)
+    loaded = load(base.model if path is None else Path(path), config.model.dtype)
+    return policy, Critic(loaded.get_decoder(), loaded.config.get_text_config().hidden_size)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from vapo_async.learner.backend import LearnerDivergedError, Schedule
 from vapo_async.learner.backend_torch import TorchBackend
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.learner import Learner, pretraining_note
-from vapo_async.learner.models import Critic, check_log_probs, policy_log_probs
+from vapo_async.learner.models import Critic, PolicyModel, check_log_probs, policy_log_probs
 from vapo_async.learner.packing import microbatches, minibatches
 from vapo_async.schema import FinishReason, Problem, Prompt, Response, Score, Ticket, make_trajectory, set_score
 from vapo_async.weights.mailbox import Mailbox, published_tensors
@@ -401,7 +401,8 @@ def test_a_model_that_scales_its_logits_is_refused() -> None:
             return out
 
     policy = tiny_policy(VOCAB)
-    check_log_probs(policy)
+    model = PolicyModel(policy, temperature=0.7, chunk_tokens=8)
+    check_log_probs(model)
     policy.__class__ = Scaled
     with pytest.raises(ConfigError, match="changes its logits after the output embedding"):
-        check_log_probs(policy)
+        check_log_probs(model)

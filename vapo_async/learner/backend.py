@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from vapo_async.config import RunError
 
+ALL_PARTS = 3
+"""The stage of ZeRO that shares out parameters too."""
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 """What AdamW keeps for a parameter."""
 BETAS = (0.9, 0.95)

@@ -21,7 +21,7 @@ from vapo_async.learner.batch import LearnerBatch
 from vapo_async.learner.batch_metrics import batch_metrics, critic_metrics
 from vapo_async.learner.estimates import write_advantages, write_value_targets
 from vapo_async.learner.mismatch import Decode, MismatchMeter
-from vapo_async.learner.models import Critic, PolicyModel, decoder_cost
+from vapo_async.learner.models import Critic, PolicyModel, check_log_probs, decoder_cost
 from vapo_async.learner.packed import enable_packing
 from vapo_async.learner.packing import minibatches
 from vapo_async.learner.ranks import OneRank, Ranks, summed
@@ -99,19 +99,20 @@ class Learner:
         if config.activation_checkpointing:
             for module in filter(None, (self.policy, self.critic)):
                 checkpoint_activations(module)
-        self._sharing = Sharing(
-            rank=self.ranks.rank,
-            ranks=self.ranks.size,
-            max_tokens=config.max_tokens_per_microbatch,
-            cost=decoder_cost(self.policy),
-            packs=config.packing and _packs(self.policy, self.critic),
-        )
         model = PolicyModel(self.policy, temperature=temperature, chunk_tokens=config.logprob_chunk_tokens)
         self.policy_backend = make_backend(model, _schedule(algorithm.policy_lr, algorithm), PolicyModel.PREFIX)
         self._reference: Snapshot | None = None if self._settings.kl_coef is None else self.policy_backend.snapshot()
         self.critic_backend: Backend | None = None
         if self.critic is not None:
             self.critic_backend = make_backend(self.critic, _schedule(algorithm.critic_lr, algorithm), "")
+        check_log_probs(model)
+        self._sharing = Sharing(
+            rank=self.ranks.rank,
+            ranks=self.ranks.size,
+            max_tokens=config.max_tokens_per_microbatch,
+            cost=decoder_cost(self.policy, self.policy_backend.shapes),
+            packs=config.packing and _packs(self.policy, self.critic),
+        )
         self._mismatch = MismatchMeter(
             self.policy_backend, config, temperature=temperature, limit=max_mismatch, decode=decode
         )

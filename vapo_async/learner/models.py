@@ -5,7 +5,7 @@ Position convention: entry t of every [N, T] result belongs to token t and is co
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -56,11 +56,11 @@ class PolicyModel(nn.Module):
 
     def __init__(self, policy: PreTrainedModel, *, temperature: float, chunk_tokens: int) -> None:
         super().__init__()
-        self.policy, self._temperature, self._chunk_tokens = policy, temperature, chunk_tokens
+        self.policy, self.temperature, self._chunk_tokens = policy, temperature, chunk_tokens
 
     def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """See :func:`policy_log_probs`."""
-        temperature, chunk_tokens = self._temperature, self._chunk_tokens
+        temperature, chunk_tokens = self.temperature, self._chunk_tokens
         return policy_log_probs(
             self.policy, tokens, mask, temperature=temperature, chunk_tokens=chunk_tokens, lengths=lengths
         )
@@ -88,14 +88,14 @@ def policy_log_probs(
     return _scatter(log_prob, mask), _scatter(entropy, mask)
 
 
-def decoder_cost(policy: PreTrainedModel) -> DecoderCost:
-    """What a row costs, by the model's own sizes."""
+def decoder_cost(policy: PreTrainedModel, shapes: Mapping[str, torch.Size]) -> DecoderCost:
+    """What a row costs. ``shapes``: of the whole parameters by name, whoever holds them."""
     text = policy.config.get_text_config()
-    parameters = sum(p.numel() for p in policy.parameters())
+    parameters = sum(shape.numel() for shape in shapes.values())
     taken: Any = policy.get_input_embeddings()
     given: Any = policy.get_output_embeddings()
     if given.weight is not taken.weight:
-        parameters -= taken.weight.numel()
+        parameters -= text.vocab_size * text.hidden_size
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return DecoderCost.of(
         parameters=parameters, layers=text.num_hidden_layers, attention_width=text.num_attention_heads * head
@@ -103,21 +103,22 @@ def decoder_cost(policy: PreTrainedModel) -> DecoderCost:
 
 
 @torch.no_grad()
-def check_log_probs(policy: PreTrainedModel) -> None:
-    """Compares :func:`policy_log_probs` with the model's own logits on a few tokens.
+def check_log_probs(model: PolicyModel) -> None:
+    """Compares the log-probs with those of the language model's own logits on a few tokens.
 
     Raises:
         ConfigError: the model does more to its logits than multiply by the output embedding (a scale, a soft cap).
     """
-    vocab_size = policy.get_output_embeddings().weight.shape[0]
+    policy = model.policy
+    vocab_size = policy.config.get_text_config().vocab_size
     tokens = torch.arange(8, device=policy.device)[None] * 7919 % vocab_size
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
-    ours, _ = policy_log_probs(policy, tokens, mask, temperature=1.0, chunk_tokens=8)
-    logits = policy(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    ours, _ = model(tokens, mask)
+    logits = policy(input_ids=tokens, use_cache=False).logits[0, :-1].float() / model.temperature
     theirs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
     gap = float((ours[0, 1:] - theirs).abs().max())
-    if gap > 1e-2:
+    if gap > 1e-2 / model.temperature:
         raise ConfigError(
             f"model {type(policy).__name__} changes its logits after the output embedding "
             f"(log-probs differ by {gap:.3g}): the learner cannot train it; use a model of the Qwen2 or Llama kind"
