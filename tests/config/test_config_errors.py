@@ -43,6 +43,12 @@ MISTAKES = [
     (["buffer.lead=far"], "buffer.lead must be an integer or null, found 'far'"),
     (["algorithm.aggregation=tokn"], "must be one of token, sequence, found 'tokn'; did you mean 'token'?"),
     (["buffer={max_staleness: 1}"], "'buffer' is a section: set its fields, for example buffer.max_staleness=…"),
+    (
+        ["launcher.rollout_resources=3"],
+        "launcher.rollout_resources must be names with amounts, as in {name: 1}, found '3'",
+    ),
+    (["launcher.rollout_resources={engines: many}"], "names with amounts, as in {name: 1}, found '{engines: many}'"),
+    (["launcher.learner_resources={big: 0}"], "launcher.learner_resources.big must be > 0, found 0"),
     (["foo"], "malformed override 'foo': write key=value"),
     (["=3"], "malformed override '=3'"),
     (["--multirun"], "unknown option '--multirun'"),

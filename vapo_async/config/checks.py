@@ -269,6 +269,9 @@ def _launcher(c: LauncherConfig) -> None:
     _at_least("launcher.rollout_workers", c.rollout_workers, 1)
     _at_least("launcher.threads_per_worker", c.threads_per_worker, 1)
     _above("launcher.gpus_per_actor", c.gpus_per_actor, 0)
+    for kind, amounts in (("learner", c.learner_resources), ("rollout", c.rollout_resources)):
+        for name, amount in amounts.items():
+            _above(f"launcher.{kind}_resources.{name}", amount, 0)
     _above("launcher.connect_timeout_s", c.connect_timeout_s, 0)
     _above("launcher.start_timeout_s", c.start_timeout_s, 0)
     _above("launcher.stage_timeout_s", c.stage_timeout_s, 0)

@@ -104,6 +104,8 @@ def describe_type(hint: Any) -> str:
         return " or ".join("null" if arg is NoneType else describe_type(arg) for arg in get_args(hint))
     if isinstance(hint, type) and issubclass(hint, Enum):
         return f"one of {', '.join(member.name for member in hint)}"
+    if hint == dict[str, float]:
+        return "names with amounts, as in {name: 1}"
     return {bool: "true or false", int: "an integer", float: "a number", str: "text"}.get(hint, str(hint))
 
 

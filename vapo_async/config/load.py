@@ -209,7 +209,8 @@ def _apply(cfg: DictConfig, override: Override, folder: Path) -> None:
     if key not in types:
         raise ConfigError(f"unknown key '{key}'{_elsewhere(folder, key) or nearest(key, types)}")
     try:
-        OmegaConf.update(cfg, key, value, merge=True)
+        names = isinstance(value, dict)  # of a mapping's own, which the schema does not know
+        OmegaConf.update(cfg, key, value, merge=not names, force_add=names)
     except (OmegaConfBaseException, ValueError) as error:
         expected = types[key]
         is_enum = isinstance(expected, type) and issubclass(expected, Enum)
