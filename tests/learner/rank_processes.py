@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import traceback
 from collections.abc import Callable
@@ -29,13 +30,13 @@ def in_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_s: float =
         sending.close()
         outputs.append(receiving)
     try:
-        found = []
+        answers = []
         for rank, output in enumerate(outputs):
             assert output.poll(timeout_s), f"rank {rank} did not answer within {timeout_s:g} s"
-            failed, answer = output.recv()
-            assert not failed, f"rank {rank}:\n{answer}"
-            found.append(answer)
-        return found
+            answers.append(pickle.loads(output.recv_bytes()))
+        errors = [f"rank {rank}:\n{answer}" for rank, (failed, answer) in enumerate(answers) if failed]
+        assert not errors, "\n".join(errors)  # one may be the other's consequence
+        return [answer for _, answer in answers]
     finally:
         for process in processes:
             process.kill()
@@ -51,6 +52,7 @@ def _rank(rank: int, size: int, port: int, work: Callable[..., Any], args: tuple
         from vapo_async.learner.distributed import join_ranks
 
         ranks = join_ranks(LOCAL, port, rank=rank, size=size, device="cpu", timeout_s=120)
-        out.send((False, work(ranks, *args)))
+        found = False, work(ranks, *args)
     except BaseException:  # noqa: BLE001 (told to the test)
-        out.send((True, traceback.format_exc()))
+        found = True, traceback.format_exc()
+    out.send_bytes(pickle.dumps(found))  # as copies: this process ends before they are looked at

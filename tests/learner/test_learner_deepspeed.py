@@ -73,8 +73,9 @@ def parameters_of(learner: Learner) -> dict[str, Tensor]:
     }
 
 
-def learned(learner: Learner, batches: Sequence[list[TensorDict]]) -> Found:
-    metrics = [learner.update(batch, version).metrics for version, batch in enumerate(batches)]
+def learned(learner: Learner, batches: Sequence[list[TensorDict]], first: int = 0) -> Found:
+    """``first``: the policy's version at the first batch."""
+    metrics = [learner.update(batch, version).metrics for version, batch in enumerate(batches, first)]
     return metrics, parameters_of(learner)
 
 
@@ -153,21 +154,23 @@ def test_older_policies_are_kept_in_parts_and_score_the_same() -> None:
     assert expected[2]["engine_mismatch_tokens"] > 0
     whole = sum(part.numel() for policy in learner._mismatch.kept for part in policy.snapshot or ())
     for metrics, held in in_ranks(2, older_policies):
-        assert_same_metrics(metrics, expected)
+        for one, other in zip(metrics, expected, strict=True):
+            found = {name: value for name, value in other.items() if name.startswith("engine_mismatch")}
+            assert {name: one[name] for name in found} == pytest.approx(found, rel=1e-3)
         assert held <= whole // 2 + 2 * 2 * len(list(learner.policy.parameters()))  # each part is rounded up
 
 
 def save_and_go_on(ranks: Ranks, stage: int, folder: Path) -> Found:
-    learner = make_learner(ranks, stage)
+    learner = make_learner(ranks, stage, kept=0)  # older policies are in no checkpoint
     learned(learner, [make_batch()])
     save_learner(learner, build_char_tokenizer(), folder)
-    return learned(learner, [make_batch(1)])
+    return learned(learner, [make_batch(1)], first=1)
 
 
 def load_and_go_on(ranks: Ranks, stage: int, folder: Path) -> Found:
-    learner = make_learner(ranks, stage)
+    learner = make_learner(ranks, stage, kept=0)
     load_learner(learner, folder)
-    return learned(learner, [make_batch(1)])
+    return learned(learner, [make_batch(1)], first=1)
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,15 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_fp32_param, safe_set_full_optimizer_state
+from deepspeed.utils import (
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from vapo_async.config import ConfigError, DeepSpeedLearnerConfig
@@ -73,7 +80,7 @@ class DeepSpeedBackend:
             value = tensors(name).to(p.device)
             with deepspeed.zero.GatheredParameters([p], modifier_rank=0, enabled=self._parts):
                 p.copy_(value)
-            safe_set_full_fp32_param(p, value.float())
+            self._set(p, value.float())
 
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.step_count:
@@ -96,7 +103,7 @@ class DeepSpeedBackend:
             for key in MOMENTS[1:]:
                 value = tensors.get(f"{name}/{key}")
                 whole = torch.zeros(self.shapes[name]) if value is None else value
-                safe_set_full_optimizer_state(p, whole.to(p.device), key)
+                self._set(p, whole.to(p.device), key)
         for part in self._flat_parts():
             self._optimizer.optimizer.state[part]["step"].fill_(float(step_count))
         self.step_count = step_count
@@ -122,6 +129,22 @@ class DeepSpeedBackend:
         """This rank's part of a parameter: all of it below stage 3."""
         part: Tensor = getattr(p, "ds_tensor") if self._parts else p  # noqa: B009 (DeepSpeed adds it)
         return part
+
+    def _set(self, p: nn.Parameter, whole: Tensor, moment: str | None = None) -> None:
+        """A master parameter, or a moment of it."""
+        if not self._parts:
+            if moment is None:
+                safe_set_full_fp32_param(p, whole)
+            else:
+                safe_set_full_optimizer_state(p, whole, moment)
+            return
+        size = self._own(p).numel()  # the last part is padded, which DeepSpeed's own way with wholes forgets
+        flat = pad(whole.flatten(), (0, size * self._ranks.size - whole.numel()))
+        part = flat[size * self._ranks.rank :][:size]
+        if moment is None:
+            safe_set_local_fp32_param(p, part)
+        else:
+            safe_set_local_optimizer_state(p, part, moment)
 
     def _flat_parts(self) -> list[Tensor]:
         """What the optimizer steps: this rank's part of all parameters, in float32, one tensor for each group."""
