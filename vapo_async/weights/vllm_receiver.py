@@ -1,5 +1,6 @@
 """Takes weights inside vLLM's processes, between two iterations: from a file in memory, or from a broadcast."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,7 +51,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
 
 class FileReceiver(WeightTransferEngine[GroupInfo, UpdateInfo]):
-    """From :mod:`vapo_async.weights.shared_memory`; subclasses take part in broadcasts too."""
+    """From :mod:`vapo_async.weights.shared_memory`."""
 
     init_info_cls = GroupInfo
     update_info_cls = UpdateInfo
@@ -62,13 +63,7 @@ class FileReceiver(WeightTransferEngine[GroupInfo, UpdateInfo]):
         self._parameters = {name for name, _ in model.named_parameters()}  # tied ones once; an update unties them
 
     def init_transfer_engine(self, init_info: GroupInfo) -> None:
-        """Leaves the group before it, if there is one, and joins this one, if there is one."""
-        if init_info.host:
-            self.join(init_info)
-
-    def join(self, info: GroupInfo) -> None:
-        """Waits for all members."""
-        raise NotImplementedError(f"{type(self).__name__} takes no part in broadcasts")
+        """A file needs no connection."""
 
     def start_weight_update(self) -> None:
         """Parameters become loadable again."""
@@ -80,15 +75,8 @@ class FileReceiver(WeightTransferEngine[GroupInfo, UpdateInfo]):
         Raises:
             ValueError: one of the model's is missing, or there is one that the model has not.
         """
-        if update_info.path:
-            with safe_open(update_info.path, "pt") as file:
-                self.load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
-        else:
-            self.receive_broadcast(update_info)
-
-    def receive_broadcast(self, info: UpdateInfo) -> None:
-        """Loads what the learner sends."""
-        raise NotImplementedError(f"{type(self).__name__} takes no part in broadcasts")
+        with safe_open(update_info.path, "pt") as file:
+            self.load((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Into the model; see :meth:`receive_weights`."""
@@ -107,7 +95,31 @@ class FileReceiver(WeightTransferEngine[GroupInfo, UpdateInfo]):
         """Nothing is held between updates."""
 
 
-class GlooReceiver(FileReceiver):
+class BroadcastReceiver(FileReceiver, ABC):
+    """From the learner, together with others; an engine that comes late gets its first weights from a file."""
+
+    def init_transfer_engine(self, init_info: GroupInfo) -> None:
+        """Leaves the group before it, if there is one, and joins this one, if there is one."""
+        if init_info.host:
+            self.join(init_info)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """See :meth:`FileReceiver.receive_weights`."""
+        if update_info.path:
+            super().receive_weights(update_info)
+        else:
+            self.receive_broadcast(update_info)
+
+    @abstractmethod
+    def join(self, info: GroupInfo) -> None:
+        """Waits for all members."""
+
+    @abstractmethod
+    def receive_broadcast(self, info: UpdateInfo) -> None:
+        """Loads what the learner sends."""
+
+
+class GlooReceiver(BroadcastReceiver):
     """Between CPUs, where an engine is one process."""
 
     _group: ProcessGroup | None = None
@@ -130,7 +142,7 @@ class GlooReceiver(FileReceiver):
         self._group = None
 
 
-class NCCLReceiver(FileReceiver):
+class NCCLReceiver(BroadcastReceiver):
     """Between GPUs, by vLLM's own engine."""
 
     def __init__(
