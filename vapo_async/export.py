@@ -66,7 +66,7 @@ def export_critic(checkpoint: Path, folder: Path, dtype: str | None = None) -> E
         ConfigError: the run has no critic, or Transformers no such class for the kind of model.
     """
     policy = checkpoint / POLICY_FOLDER
-    if not (any(checkpoint.glob("critic.safetensors")) or any(checkpoint.glob("critic-*.safetensors"))):
+    if not (any(checkpoint.glob("critic.safetensors")) or any(checkpoint.glob("critic-*-of-*.safetensors"))):
         raise ConfigError(f"no critic in {checkpoint}: its run had algorithm.advantage=group, which needs none")
     kind: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(AutoConfig.from_pretrained(policy)), None)
     config = json.loads((policy / "config.json").read_text())

@@ -42,16 +42,22 @@ def make_learner(
     max_tokens: int = ROOM,
     packing: bool = True,
     kept: int = 1,
+    dtype: torch.dtype = torch.float32,
+    rounded: bool = False,
+    **settings: bool,
 ) -> Learner:
-    """``stage=None``: plain torch."""
+    """``stage=None``: plain torch. ``rounded``: the weights are such that bfloat16 has them exactly."""
     config = DeepSpeedLearnerConfig(
         ranks=ranks.size,
         zero_stage=stage or 1,
         max_tokens_per_microbatch=max_tokens,
         packing=packing,
         mismatch_versions=kept,
+        **settings,
     )
-    policy = tiny_policy(VOCAB, tied=tied)
+    policy = tiny_policy(VOCAB, tied=tied).to(dtype)
+    if rounded:
+        policy = policy.bfloat16().to(dtype)
     options: dict[str, Any] = {}
     if stage is not None:
         from vapo_async.learner.backend_deepspeed import DeepSpeedBackend

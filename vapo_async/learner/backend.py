@@ -88,6 +88,13 @@ class Backend(Protocol):
         """The reverse: ``tensors`` gives a whole parameter by name."""
         ...
 
+    def masters(self) -> Iterator[tuple[str, Tensor]] | None:
+        """As :meth:`parameters`, in float32, of what is stepped; None where that is the model's own parameters.
+
+        :meth:`load_parameters` takes them as well.
+        """
+        ...
+
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """AdamW's moments and step counts, whole, by parameter name: ``<name>/exp_avg`` and so on."""
         ...

@@ -9,6 +9,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.utils import (
+    safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
@@ -82,6 +83,11 @@ class DeepSpeedBackend:
                 p.copy_(value)
             self._set(p, value.float())
 
+    def masters(self) -> Iterator[tuple[str, Tensor]] | None:
+        if not self._engine.bfloat16_enabled():
+            return None
+        return ((name, safe_get_full_fp32_param(p)) for name, p in self._params.items())
+
     def optimizer_tensors(self) -> Iterator[tuple[str, Tensor]]:
         if self.step_count:
             for name, p in self._params.items():
@@ -150,7 +156,7 @@ class DeepSpeedBackend:
         """What the optimizer steps: this rank's part of all parameters, in float32, one tensor for each group."""
         if self._parts:
             return list(self._optimizer.fp32_partitioned_groups_flat)
-        return list(self._optimizer.single_partition_of_fp32_groups)
+        return [part for group in self._optimizer.optimizer.param_groups for part in group["params"]]
 
     def _make_moments(self) -> None:
         """AdamW makes them at its first step."""

@@ -50,6 +50,9 @@ class TorchBackend:
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, p.detach()) for name, p in self._params.items())
 
+    def masters(self) -> None:
+        return None
+
     @torch.no_grad()
     def load_parameters(self, tensors: Callable[[str], Tensor]) -> None:
         for name, p in self._params.items():

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vapo_async.checkpoint import POLICY_FOLDER
 from vapo_async.config import ConfigError
+from vapo_async.learner.backend import Backend
 from vapo_async.learner.learner import Learner
 from vapo_async.learner.tensor_files import TensorFiles, save_share
 from vapo_async.learner.tensors import check_tensors
@@ -40,11 +41,11 @@ def save_learner(learner: Learner, tokenizer: PreTrainedTokenizerBase, folder: P
         }
         save_file({"generator": learner.generator.get_state()}, folder / "learner_random.safetensors")
         (folder / "learner.json").write_text(json.dumps(state, indent=1))
-    save_share(policy, _WEIGHTS, learner.policy_backend.parameters(), ranks)
-    save_share(folder, "policy_optimizer", learner.policy_backend.optimizer_tensors(), ranks)
-    if learner.critic_backend is not None:
-        save_share(folder, "critic", learner.critic_backend.parameters(), ranks)
-        save_share(folder, "critic_optimizer", learner.critic_backend.optimizer_tensors(), ranks)
+    for what, backend, place, stem in _models(learner, folder):
+        save_share(place, stem, backend.parameters(), ranks)
+        if (masters := backend.masters()) is not None:
+            save_share(folder, f"{what}_masters", masters, ranks)
+        save_share(folder, f"{what}_optimizer", backend.optimizer_tensors(), ranks)
 
 
 def load_learner(learner: Learner, folder: Path) -> None:
@@ -54,23 +55,34 @@ def load_learner(learner: Learner, folder: Path) -> None:
         ConfigError: the checkpoint was written by another kind of run or holds a model of other sizes.
     """
     state = json.loads((folder / "learner.json").read_text())
-    has_critic = any(folder.glob("critic.safetensors")) or any(folder.glob("critic-*.safetensors"))
+    has_critic = any(folder.glob("critic.safetensors")) or any(folder.glob("critic-*-of-*.safetensors"))
     if (learner.critic_backend is not None) != has_critic:
         raise ConfigError(f"checkpoint {folder} and algorithm.advantage disagree on whether there is a critic")
     with ExitStack() as files:
-        parts = [("policy", learner.policy_backend, folder / POLICY_FOLDER, _WEIGHTS)]
-        if learner.critic_backend is not None:
-            parts.append(("critic", learner.critic_backend, folder, "critic"))
-        found = [files.enter_context(TensorFiles(place, stem)) for _, _, place, stem in parts]
-        for (what, backend, *_), tensors in zip(parts, found, strict=True):  # all, before anything is loaded
+        found = []
+        for what, backend, place, stem in _models(learner, folder):
+            if any(folder.glob(f"{what}_masters*.safetensors")):  # finer than the model's own
+                place, stem = folder, f"{what}_masters"
+            found.append((what, backend, files.enter_context(TensorFiles(place, stem))))
+        for what, backend, tensors in found:  # all, before anything is loaded
             check_tensors(what, tensors, backend.shapes)
-        for (what, backend, *_), tensors in zip(parts, found, strict=True):
+        for what, backend, tensors in found:
             backend.load_parameters(tensors.__getitem__)
             moments = files.enter_context(TensorFiles(folder, f"{what}_optimizer"))
             backend.load_optimizer_tensors(moments, state[f"{what}_steps"])
     learner.generator.set_state(load_file(folder / "learner_random.safetensors")["generator"])
     learner.batches = state["batches"]
     learner.pretraining_variances = state["pretraining_variances"]
+
+
+def _models(learner: Learner, folder: Path) -> list[tuple[str, Backend, Path, str]]:
+    """Each with the place and the stem of the files of its weights."""
+    models: list[tuple[str, Backend, Path, str]] = [
+        ("policy", learner.policy_backend, folder / POLICY_FOLDER, _WEIGHTS)
+    ]
+    if learner.critic_backend is not None:
+        models.append(("critic", learner.critic_backend, folder, "critic"))
+    return models
 
 
 def _save_description(policy: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
