@@ -21,9 +21,9 @@ or is left out for the model that model=… or experiment=… says, for example 
 A run's model is evaluated with the run's own settings, any other with those of configs/. Settings given here win:
   python scripts/evaluate.py runs/train/2026-01-31_12-00-00 evaluation.samples=16 evaluation.problems=64
   python scripts/evaluate.py path/to/model task=math engine.max_slots=16 evaluation.samples=1
-  evaluation.problems, .samples (k), .temperature    what is asked, how often, how
-  task=…, task.max_response_tokens, …                which problems, with what limits
-  engine.max_slots, learner.threads, model.dtype     responses decoded together, torch threads, precision
+  evaluation.problems, .samples, .temperature, .top_p    what is asked, how often (k), how
+  task=…, task.max_response_tokens, …                    which problems, with what limits
+  engine.max_slots, learner.threads, model.dtype         responses decoded together, torch threads, precision
 python scripts/train_async.py --help lists all of them.
 
   --json FILE   writes the numbers and the configuration there, too

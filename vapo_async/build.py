@@ -24,6 +24,8 @@ from vapo_async.config import (
     Config,
     ConfigError,
     DeepSpeedLearnerConfig,
+    EngineConfig,
+    EvaluationConfig,
     OnStraggler,
     RayLauncherConfig,
     TorchLearnerConfig,
@@ -91,7 +93,7 @@ def max_length(config: Config) -> int:
 
 def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
     """The rollout worker number ``worker``."""
-    engine, tokenizer = _engine(config, base, config.engine.temperature, engine_seed(config, worker))
+    engine, tokenizer = _engine(config, base, config.engine, engine_seed(config, worker))
     return Collector(
         engine,
         tokenizer,
@@ -101,14 +103,16 @@ def build_collector(config: Config, base: BaseModel, worker: int) -> Collector:
 
 
 def build_evaluator(config: Config, base: BaseModel) -> Evaluator:
-    """An engine of its own, at the evaluation's temperature."""
+    """An engine of its own, at the evaluation's temperature and top-p."""
     seed = derived_seed(config.seed, "evaluation")
-    engine, tokenizer = _engine(config, base, config.evaluation.temperature, seed)
+    engine, tokenizer = _engine(config, base, config.evaluation, seed)
     return Evaluator(engine, tokenizer, max_response_tokens=config.task.max_response_tokens, seed=seed)
 
 
-def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> tuple[Engine, PreTrainedTokenizerBase]:
-    """``temperature``: training's or the evaluation's."""
+def _engine(
+    config: Config, base: BaseModel, sampling: EngineConfig | EvaluationConfig, seed: int
+) -> tuple[Engine, PreTrainedTokenizerBase]:
+    """``sampling``: temperature and top-p are training's or the evaluation's."""
     settings = config.engine
     check_device("engine.device", settings.device)
     tokenizer = load_tokenizer(base.tokenizer)
@@ -122,7 +126,8 @@ def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> t
                 eos_token_id=eos,
                 max_slots=settings.max_slots,
                 max_length=max_length(config),
-                temperature=temperature,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 kv_cache_on_update=settings.kv_cache_on_update,
                 seed=seed,
             ), tokenizer
@@ -135,7 +140,8 @@ def _engine(config: Config, base: BaseModel, temperature: float, seed: int) -> t
                 settings,
                 eos_token_id=eos,
                 max_length=max_length(config),
-                temperature=temperature,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
                 seed=seed,
                 dtype=resolved_engine_dtype(config),
                 share=shared,

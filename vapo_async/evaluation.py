@@ -86,6 +86,7 @@ class Evaluation:
     samples: int
     """k: responses to each problem."""
     temperature: float
+    top_p: float
     avg_at_k: float
     avg_at_k_stderr: float | None
     pass_at_k: dict[int, float]
@@ -104,6 +105,7 @@ class Evaluation:
     def rows(self) -> list[tuple[str, str]]:
         """Labels and values of the closing table."""
         left_out = f" ({self.left_out} with a prompt over task.max_prompt_tokens left out)" if self.left_out else ""
+        sampling = f"T = {self.temperature:g}, top-p {self.top_p:g}"
         return [
             ("model", self.model),
             ("task", self.task),
@@ -113,7 +115,7 @@ class Evaluation:
             ("mean response", f"{self.mean_response_tokens:.1f} tokens"),
             ("cut by the limit", f"{self.truncated:.1%}"),
             ("problems", f"{self.problems:,}{left_out}"),
-            ("samples", f"{self.samples} per problem at T = {self.temperature:g}, and a greedy one"),
+            ("samples", f"{self.samples} per problem at {sampling}, and a greedy one"),
             ("speed", f"{self.tokens_per_s:,.0f} tokens/s, {self.generated_tokens:,} tokens"),
         ]
 
@@ -152,6 +154,7 @@ def evaluate_model(config: Config, note: Callable[[str], None], progress: Callab
         left_out=len(task.heldout) - len(fitting.problems),
         samples=settings.samples,
         temperature=settings.temperature,
+        top_p=settings.top_p,
         avg_at_k=avg_at_k(sampled.correct),
         avg_at_k_stderr=_known(avg_at_k_stderr(sampled.correct)),
         pass_at_k={k: mean_pass_at_k(sampled.correct, k) for k in (*ks, settings.samples)},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_policy
 from torch import Tensor
+from transformers import TopPLogitsWarper
 from vllm_runs import EOS, MAX_LENGTH, VOCAB, random_prompts, running_engine
 
 from vapo_async.collector.engine import Engine, GenerationRequest
@@ -50,30 +51,45 @@ def test_p_values_are_the_chi_square_distributions() -> None:
 
 
 @pytest.mark.vllm
-def test_first_tokens_of_both_engines_have_one_distribution(tmp_path: Path) -> None:
-    """4,096 samples of each of two prompts by each engine; the same test tells a temperature of 0.9 from 1."""
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_first_tokens_of_both_engines_have_one_distribution(top_p: float, tmp_path: Path) -> None:
+    """4,096 samples of each of two prompts by each engine; the same test tells a temperature of 0.9 from 1.
+
+    Log-probs are of the distribution that is sampled from, with a top-p below 1 too.
+    """
     policy = tiny_policy(VOCAB, seed=7)
     prompts = [random_prompts([3], seed=26)[0], random_prompts([17], seed=54)[0]]  # whose tokens a temperature moves
 
-    def first_tokens(engine: Engine) -> list[Tensor]:
+    def first_tokens(engine: Engine, temperature: float) -> list[Tensor]:
         for i, prompt in enumerate(prompts):
             engine.submit(GenerationRequest(i, prompt, SAMPLES, 1))
-        counts = torch.zeros(len(prompts), VOCAB, dtype=torch.long)
+        counts, found = torch.zeros(len(prompts), VOCAB, dtype=torch.long), torch.full((len(prompts), VOCAB), -math.inf)
         while engine.num_unfinished:
             for completion in engine.step():
-                counts[completion.request_id, completion.response.token_ids[0]] += 1
+                at = completion.request_id, completion.response.token_ids[0]
+                counts[at] += 1
+                found[at] = completion.response.log_probs[0]
         assert counts.sum(1).tolist() == [SAMPLES] * len(prompts)
+        with torch.no_grad():
+            logits = torch.stack([policy(torch.tensor([prompt])).logits[0, -1] / temperature for prompt in prompts])
+        expected = (TopPLogitsWarper(top_p)(None, logits) if top_p < 1 else logits).log_softmax(-1)
+        torch.testing.assert_close(found, expected.where(counts > 0, -math.inf), atol=1e-4, rtol=0)
         return list(counts)
 
     def embedded(temperature: float, seed: int) -> list[Tensor]:
-        return first_tokens(
-            TransformersEngine(
-                policy, eos_token_id=EOS, max_slots=512, max_length=MAX_LENGTH, temperature=temperature, seed=seed
-            )
+        engine = TransformersEngine(
+            policy,
+            eos_token_id=EOS,
+            max_slots=512,
+            max_length=MAX_LENGTH,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed,
         )
+        return first_tokens(engine, temperature)
 
-    with running_engine(policy, tmp_path, seed=5, max_slots=256) as engine:
-        by_vllm = first_tokens(engine)
+    with running_engine(policy, tmp_path, top_p=top_p, seed=5, max_slots=256) as engine:
+        by_vllm = first_tokens(engine, 1.0)
     same, colder = (
         same_distribution_p(list(zip(by_vllm, embedded(temperature, seed), strict=True)))
         for temperature, seed in ((1.0, 5), (0.9, 6))

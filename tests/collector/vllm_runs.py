@@ -29,7 +29,13 @@ GONE_S = 10.0
 
 @contextmanager
 def running_engine(
-    policy: PreTrainedModel, folder: Path, *, temperature: float = 1.0, seed: int = 0, **settings: object
+    policy: PreTrainedModel,
+    folder: Path,
+    *,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    **settings: object,
 ) -> "Iterator[VLLMEngine]":
     """An engine with ``policy``'s weights; when the block ends it is closed, and none of its processes is left."""
     policy.save_pretrained(folder)
@@ -44,6 +50,7 @@ def running_engine(
             eos_token_id=EOS,
             max_length=MAX_LENGTH,
             temperature=temperature,
+            top_p=top_p,
             seed=seed,
             dtype="float32",
             share=shared,

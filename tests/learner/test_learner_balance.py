@@ -4,10 +4,10 @@ from itertools import product
 
 import pytest
 import torch
+from bench.lengths import long_tailed
 from conftest import tiny_policy
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_lengths import long_tailed
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapo_async.learner.balance import DecoderCost, shards

@@ -4,9 +4,9 @@ import math
 import time
 
 import pytest
+from bench.lengths import long_tailed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from row_lengths import long_tailed
 
 from vapo_async.learner.balance import DecoderCost, shards
 from vapo_async.learner.packing import Layout, bins, choose_layout, cut, microbatches, pass_count
@@ -134,11 +134,21 @@ def test_passes_of_the_rank_that_needs_most() -> None:
 
 
 def test_packed_where_it_saves_more_than_a_tenth() -> None:
-    assert choose_layout([10, 10, 10], 30) is Layout.padded  # nothing to save
-    assert choose_layout([10, 9, 8], 30) is Layout.padded  # 27 of 30
-    assert choose_layout([10, 9, 7], 30) is Layout.packed  # 26 of 30
-    assert choose_layout([10, 9, 7], 10) is Layout.padded  # each alone
-    assert choose_layout([], 10) is Layout.padded
+    assert choose_layout([[10, 10, 10]], 30, 0.9) is Layout.padded  # nothing to save
+    assert choose_layout([[10, 9, 8]], 30, 0.9) is Layout.padded  # 27 of 30
+    assert choose_layout([[10, 9, 8]], 30, 1.0) is Layout.packed
+    assert choose_layout([[10, 9, 7]], 30, 0.9) is Layout.packed  # 26 of 30
+    assert choose_layout([[10, 9, 7]], 30, 0.0) is Layout.padded
+    assert choose_layout([[10, 9, 7]], 10, 0.9) is Layout.padded  # each alone
+    assert choose_layout([[]], 10, 0.9) is Layout.padded
+
+
+def test_waiting_for_other_ranks_counts() -> None:
+    """Packed 16 | 9 beside 12 | 8 + 4, so 16 + 12 tokens; padded 16 | 9 beside 12 | 8 + 8, so 16 + 16."""
+    ranks = [[16, 9], [8, 4, 12]]
+    assert choose_layout(ranks[:1], 16, 1.0) is Layout.padded
+    assert choose_layout(ranks, 16, 0.88) is Layout.packed
+    assert choose_layout(ranks, 16, 0.87) is Layout.padded
 
 
 def test_8192_rows_in_no_time() -> None:

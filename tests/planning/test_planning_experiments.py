@@ -22,6 +22,7 @@ DATA = {
     "evaluation.problems": 30,
     "evaluation.samples": 32,  # avg@32
     "evaluation.temperature": 1.0,
+    "evaluation.top_p": 0.7,
 }
 BOTH = {
     "algorithm.groups_per_batch": 512,

@@ -4,6 +4,7 @@ import json
 import math
 import runpy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +13,20 @@ import torch
 from conftest import REPOSITORY, tiny_overrides, tiny_policy
 from transformers import PreTrainedTokenizerBase
 
+from vapo_async.build import BaseModel, build_collector, build_evaluator
 from vapo_async.collector.engine import GenerationRequest
 from vapo_async.collector.engine_transformers import TransformersEngine
 from vapo_async.collector.evaluator import Evaluator
-from vapo_async.config import ChainSumTaskConfig, DatasetTaskConfig, FolderModelConfig
+from vapo_async.config import ChainSumTaskConfig, Config, DatasetTaskConfig, FolderModelConfig
 from vapo_async.config.load import load_config
 from vapo_async.evaluation import evaluation_config
 from vapo_async.launcher.run import launch
 from vapo_async.metrics.console import Console
 from vapo_async.metrics.loggers import read_metrics
+from vapo_async.schema import SAMPLE_LOG_PROB, Problem, Prompt, Ticket
 
 main = runpy.run_path(str(REPOSITORY / "scripts" / "evaluate.py"))["main"]
-CHANGED = ["steps=1", "algorithm.value_pretraining_steps=0", "task.max_terms=5"]
+CHANGED = ["steps=1", "algorithm.value_pretraining_steps=0", "task.max_terms=5", "evaluation.top_p=0.9"]
 SMALL = ["task.max_response_tokens=12", "task.heldout_problems=8", "evaluation.problems=6"]
 
 
@@ -46,7 +49,7 @@ def test_a_run_is_evaluated_with_its_own_settings(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = measured([str(run_dir)], tmp_path)
-    assert (out["problems"], out["samples"], out["temperature"]) == (4, 2, 1.0)
+    assert (out["problems"], out["samples"], out["temperature"], out["top_p"]) == (4, 2, 1.0, 0.9)
     assert out["config"]["task"]["max_terms"] == 5
     assert list(out["pass_at_k"]) == ["1", "2"]
     assert out["pass_at_k"]["1"] == pytest.approx(out["avg_at_k"])
@@ -55,6 +58,7 @@ def test_a_run_is_evaluated_with_its_own_settings(
     printed = capsys.readouterr().out
     for label in ("avg@2", "pass@1", "pass@2", "greedy", "mean response", "cut by the limit", "speed"):
         assert label in printed
+    assert "2 per problem at T = 1, top-p 0.9, and a greedy one" in printed
     assert str(run_dir / "config.yaml") in printed
 
 
@@ -152,6 +156,28 @@ def test_temperature_zero_decodes_greedily(tokenizer: PreTrainedTokenizerBase) -
             expected.append(int(policy(torch.tensor([expected])).logits[0, -1].argmax()))
     assert [response.token_ids for response in responses] == [expected[len(prompt) :]] * 5
     assert all(response.log_probs == [0.0] * 20 for response in responses), "certain: log 1"
+
+
+def test_top_p_is_the_evaluations_alone(tiny_config: Config, base_folder: Path) -> None:
+    """A tiny one makes every sample the greedy response, and changes nothing of what is trained on."""
+    base, prompts = BaseModel(base_folder, base_folder), [(3, 5, 13, 7, 16), (4, 9), (8,)]
+
+    def with_top_p(top_p: float) -> Config:
+        return replace(tiny_config, evaluation=replace(tiny_config.evaluation, top_p=top_p))
+
+    greedy = replace(tiny_config, evaluation=replace(tiny_config.evaluation, temperature=0.0))
+    expected = build_evaluator(greedy, base).sample(prompts, 3)
+    assert build_evaluator(with_top_p(1e-6), base).sample(prompts, 3) == expected
+    assert build_evaluator(with_top_p(1.0), base).sample(prompts, 3) != expected
+
+    def trained_on(config: Config) -> list[list[float]]:
+        collector = build_collector(config, base, 0)
+        collector.start(Ticket(0, 0), Prompt(0, Problem(0, "", ""), "", prompts[0]))
+        while not (finished := collector.step()):
+            pass
+        return [trajectory[SAMPLE_LOG_PROB].tolist() for trajectory in finished[0].group.unbind(0)]
+
+    assert trained_on(with_top_p(1e-6)) == trained_on(with_top_p(1.0))
 
 
 def test_streamed_responses_are_those_of_sample(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from vapo_async.collector.engine import Completion, GenerationRequest
 from vapo_async.collector.engine_state import pack_samples, unpack_samples
+from vapo_async.collector.nucleus import nucleus
 from vapo_async.collector.prefill import prefill
 from vapo_async.collector.samples import Sample, samples_of
 from vapo_async.collector.slots import Slots
@@ -32,6 +33,8 @@ class TransformersEngine:
         max_length: tokens of prompt and response together.
         temperature: log-probs are of ``softmax(logits / temperature)``, which is what is sampled from. 0 decodes
             greedily; its tokens are certain, their log-prob is 0.
+        top_p: below 1 only the likeliest tokens that come to this probability are sampled from, and log-probs are of
+            them alone, scaled to 1: for evaluations, as no learner can rebuild that.
         kv_cache_on_update: keep or recompute keys and values at a weight swap.
         seed: of the sampling generator.
     """
@@ -44,6 +47,7 @@ class TransformersEngine:
         max_slots: int,
         max_length: int,
         temperature: float = 1.0,
+        top_p: float = 1.0,
         kv_cache_on_update: KVCacheOnUpdate = KVCacheOnUpdate.recompute,
         seed: int = 0,
     ) -> None:
@@ -56,7 +60,7 @@ class TransformersEngine:
         self._model = model.eval()
         self._decoder = model.get_decoder()
         self._eos = eos_token_id
-        self._temperature = temperature
+        self._temperature, self._top_p = temperature, top_p
         self._kv_cache_on_update = kv_cache_on_update
         self._max_length = max_length
         self._version = 0
@@ -201,7 +205,10 @@ class TransformersEngine:
         if self._temperature == 0:
             tokens = logits.argmax(-1)
             return tokens, torch.zeros_like(tokens, dtype=torch.float32)
-        log_probs = torch.log_softmax(logits / self._temperature, dim=-1)
+        logits = logits / self._temperature
+        if self._top_p < 1:
+            logits = nucleus(logits, self._top_p)
+        log_probs = torch.log_softmax(logits, dim=-1)
         sampled = torch.multinomial(log_probs.exp(), 1, generator=self._generator)
         return sampled[:, 0], log_probs.gather(1, sampled)[:, 0]
 

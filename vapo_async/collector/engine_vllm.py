@@ -34,6 +34,7 @@ class VLLMEngine:
         eos_token_id: ends a response; it is part of it.
         max_length: tokens of prompt and response together.
         temperature: log-probs are of ``softmax(logits / temperature)``. 0 decodes greedily; log-probs are then 0.
+        top_p: as :class:`~vapo_async.collector.engine_transformers.TransformersEngine` has it.
         seed: of the sampling generators.
         dtype: of weights and KV cache.
         share: puts weights where vLLM's processes find them by a path, for as long as it is open.
@@ -52,10 +53,11 @@ class VLLMEngine:
         dtype: str,
         share: Callable[[Mapping[str, Tensor]], AbstractContextManager[str]],
         backend: str,
+        top_p: float = 1.0,
     ) -> None:
         self._eos = eos_token_id
         self._capacity, self._max_length = config.max_slots, max_length
-        self._temperature = temperature
+        self._temperature, self._top_p = temperature, top_p
         self._recompute = config.kv_cache_on_update is KVCacheOnUpdate.recompute
         self._share = share
         self._version = 0
@@ -90,6 +92,7 @@ class VLLMEngine:
             name = _name(request.request_id, response.sample_index)
             params = SamplingParams(
                 temperature=self._temperature,
+                top_p=self._top_p,
                 max_tokens=request.max_new_tokens - len(response.token_ids),
                 stop_token_ids=[self._eos],
                 logprobs=0,  # of the sampled token only

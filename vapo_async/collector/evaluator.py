@@ -22,7 +22,8 @@ class SampledResponses:
 class Evaluator:
     """Generates ``samples`` responses for each prompt with an engine of its own, so that training is not disturbed.
 
-    Every evaluation starts from ``seed``: the same weights give the same numbers whenever they are evaluated.
+    Every evaluation starts from ``seed``: the same weights give the same numbers whenever they are evaluated. The
+    engine's log-probs end here: they are of ``evaluation.temperature`` and ``.top_p``, which no learner knows of.
     """
 
     def __init__(

@@ -181,7 +181,8 @@ def _warm_start(config: Config) -> None:
 def _engine(c: EngineConfig) -> None:
     _above("engine.temperature", c.temperature, 0, "greedy decoding explores nothing; scripts/evaluate.py can do it")
     hint = (
-        "the learner cannot rebuild the cut distribution that stored log-probs are of; lower engine.temperature instead"
+        "the learner cannot rebuild the cut distribution that stored log-probs are of; lower engine.temperature "
+        "instead, or set evaluation.top_p for evaluations"
     )
     _require(c.top_p == 1, "engine.top_p", c.top_p, "1", hint)
     _at_least("engine.max_slots", c.max_slots, 1)
@@ -324,6 +325,7 @@ def _evaluation(c: EvaluationConfig, task: TaskConfig) -> None:
     _at_least("evaluation.problems", c.problems, 1)
     _at_least("evaluation.samples", c.samples, 1)
     _above("evaluation.temperature", c.temperature, 0, "scripts/evaluate.py does greedy decoding")
+    _require(0 < c.top_p <= 1, "evaluation.top_p", c.top_p, "in (0, 1]", "1 samples from all tokens")
     bound = f"≤ task.heldout_problems = {task.heldout_problems}"
     fits = c.problems <= task.heldout_problems
     _require(fits, "evaluation.problems", c.problems, bound, "raise task.heldout_problems or lower this")

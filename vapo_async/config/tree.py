@@ -64,7 +64,7 @@ class VerifierConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Held-out evaluation: avg@k at T = 1."""
+    """Held-out evaluation: avg@k."""
 
     every: int = 10
     """Policy updates between evaluations; the base and the final policy are always evaluated. 0 = only those two."""
@@ -74,6 +74,8 @@ class EvaluationConfig:
     """k of avg@k: responses to each problem."""
     temperature: float = 1.0
     """Sampling temperature."""
+    top_p: float = 1.0
+    """Below 1, only the likeliest tokens that come to this probability are sampled from (nucleus sampling)."""
 
 
 @dataclass

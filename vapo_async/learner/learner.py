@@ -23,7 +23,7 @@ from vapo_async.learner.estimates import write_advantages, write_value_targets
 from vapo_async.learner.mismatch import Decode, MismatchMeter
 from vapo_async.learner.models import Critic, PolicyModel, check_log_probs, decoder_cost
 from vapo_async.learner.packed import enable_packing
-from vapo_async.learner.packing import minibatches
+from vapo_async.learner.packing import WORTH_PACKING, minibatches
 from vapo_async.learner.ranks import OneRank, Ranks, summed
 from vapo_async.learner.sharing import Pass, Sharing
 from vapo_async.objectives.importance import m2po_keep
@@ -106,12 +106,13 @@ class Learner:
         if self.critic is not None:
             self.critic_backend = make_backend(self.critic, _schedule(algorithm.critic_lr, algorithm), "")
         check_log_probs(model)
+        packs = config.packing and _packs(self.policy, self.critic)
         self._sharing = Sharing(
             rank=self.ranks.rank,
             ranks=self.ranks.size,
             max_tokens=config.max_tokens_per_microbatch,
             cost=decoder_cost(self.policy, self.policy_backend.shapes),
-            packs=config.packing and _packs(self.policy, self.critic),
+            worth_packing=WORTH_PACKING[self._device.type] if packs else 0.0,
         )
         self._mismatch = MismatchMeter(
             self.policy_backend, config, temperature=temperature, limit=max_mismatch, decode=decode

@@ -7,9 +7,9 @@ from itertools import accumulate, pairwise
 
 from vapo_async.learner.balance import shards
 
-WORTH_PACKING = 0.9
-"""Packed where padded passes would be filled less than this: on a CPU the calls per sequence cost about as much as a
-tenth of padding (docs/decisions.md)."""
+WORTH_PACKING = {"cpu": 0.9, "cuda": 1.0}
+"""By the kind of device: packed where that leaves less than this share of the padded tokens. A CPU's calls for every
+sequence cost about as much as a tenth of padding (docs/decisions.md); a GPU makes one call for all."""
 
 
 class Layout(StrEnum):
@@ -49,10 +49,28 @@ def pass_count(ranks: Sequence[Sequence[int]], max_tokens: int, layout: Layout) 
     return max((len(cut(lengths, max_tokens, layout)) for lengths in ranks), default=0)
 
 
-def choose_layout(lengths: Sequence[int], max_tokens: int) -> Layout:
-    """Packed where the padding that it saves is worth it, for a model that can be packed."""
-    area = sum(len(rows) * lengths[rows[0]] for rows in microbatches(lengths, max_tokens))
-    return Layout.packed if sum(lengths) < WORTH_PACKING * area else Layout.padded
+def choose_layout(ranks: Sequence[Sequence[int]], max_tokens: int, worth: float) -> Layout:
+    """Packed where that is worth it, for a model that can be packed.
+
+    Args:
+        ranks: the row lengths of each.
+        max_tokens: of a pass.
+        worth: packed where that leaves less than this share of the tokens, padding and waiting counted; 0: never.
+    """
+    if worth == 0:
+        return Layout.padded
+    packed, padded = (_tokens_waited_for(ranks, max_tokens, layout) for layout in (Layout.packed, Layout.padded))
+    return Layout.packed if packed < worth * padded else Layout.padded
+
+
+def _tokens_waited_for(ranks: Sequence[Sequence[int]], max_tokens: int, layout: Layout) -> int:
+    """Tokens of the largest pass of any rank, padding included, summed over the passes that all make together."""
+    count = pass_count(ranks, max_tokens, layout)
+    sizes = []
+    for lengths in ranks:
+        passes = [[lengths[row] for row in rows] for rows in cut(lengths, max_tokens, layout, count)]
+        sizes.append([sum(rows) if layout is Layout.packed else len(rows) * max(rows, default=0) for rows in passes])
+    return sum(map(max, zip(*sizes, strict=True)))
 
 
 def microbatches(lengths: Sequence[int], max_tokens: int, at_least: int = 0) -> list[list[int]]:

@@ -40,14 +40,14 @@ class Sharing:
         ranks: how many share the rows.
         max_tokens: of one pass.
         cost: of a row with so many tokens, by which the rows are dealt out.
-        packs: whether the models can take rows without padding between them.
+        worth_packing: see :func:`vapo_async.learner.packing.choose_layout`; 0 where the models cannot take packed rows.
     """
 
     rank: int
     ranks: int
     max_tokens: int
     cost: Callable[[int], float]
-    packs: bool
+    worth_packing: float
 
     def passes(self, batch: LearnerBatch, rows: Sequence[int]) -> list[Pass]:
         """This rank's passes over its share of some rows of a batch; all ranks have the same number of them.
@@ -55,9 +55,10 @@ class Sharing:
         With parameters in parts every pass is something that all ranks do together.
         """
         lengths = [batch.lengths[row] for row in rows]
-        layout = choose_layout(lengths, self.max_tokens) if self.packs else Layout.padded
         shares = shards(lengths, self.ranks, self.cost)
-        count = pass_count([[lengths[i] for i in share] for share in shares], self.max_tokens, layout)
+        dealt = [[lengths[i] for i in share] for share in shares]
+        layout = choose_layout(dealt, self.max_tokens, self.worth_packing)
+        count = pass_count(dealt, self.max_tokens, layout)
         own = [rows[i] for i in shares[self.rank]]
         made = cut([batch.lengths[row] for row in own], self.max_tokens, layout, count)
         return [self._pass(batch, [own[i] for i in some], rows[0], layout) for some in made]
