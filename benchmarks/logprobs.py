@@ -168,6 +168,8 @@ def measure(case: Case, repeats: int, threads: int) -> list[Row]:
     ]
     gradients = sum(grad.numel() * grad.element_size() for grad in first["plain"][2:])
     del first, inputs
+    if case.device == "cuda":
+        torch.cuda.empty_cache()  # the peaks are those of other processes
     peaks = {name: peak_in_new_process(name, case, threads) for name in names}
     rows = []
     for name in names:

@@ -16,14 +16,18 @@ from vapo_async.config import KVCacheOnUpdate, VLLMEngineConfig
 from vapo_async.weights.shared_memory import shared
 from vapo_async.weights.vllm_plugin import SHARED_MEMORY
 
+GPU_SHARE = 0.6
+"""Of a GPU's memory: the benchmark's own process has a context there too."""
+
 
 class VLLMRunner:
     """The process below ``VLLMEngine``, whose end token could be sampled: vLLM refuses one outside the vocabulary."""
 
-    def __init__(self, setting: Setting) -> None:
-        config = VLLMEngineConfig(max_slots=setting.concurrency)
+    def __init__(self, setting: Setting, device: str = "cpu") -> None:
+        config = VLLMEngineConfig(max_slots=setting.concurrency, device=device, gpu_memory_utilization=GPU_SHARE)
+        dtype = "float32" if device == "cpu" else "bfloat16"
         args = engine_args(
-            setting.folder, config, dtype="float32", max_length=setting.max_length, seed=0, backend=SHARED_MEMORY
+            setting.folder, config, dtype=dtype, max_length=setting.max_length, seed=0, backend=SHARED_MEMORY
         )
         before = psutil.Process().children(recursive=True)
         self._process = VLLMProcess(args, version=0)

@@ -393,14 +393,15 @@ def test_micro_batches_keep_the_budget_and_every_row(lengths: Sequence[int]) -> 
         assert padded <= 20 or len(piece) == 1
 
 
-def test_a_model_that_scales_its_logits_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_scales_its_logits_is_refused(dtype: torch.dtype) -> None:
     class Scaled(type(tiny_policy(VOCAB))):  # type: ignore[misc]
         def forward(self, **kwargs: object) -> object:
             out = super().forward(**kwargs)
             out.logits = out.logits * 0.5
             return out
 
-    policy = tiny_policy(VOCAB)
+    policy = tiny_policy(VOCAB).to(dtype)
     model = PolicyModel(policy, temperature=0.7, chunk_tokens=8)
     check_log_probs(model)
     policy.__class__ = Scaled

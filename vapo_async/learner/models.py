@@ -115,10 +115,11 @@ def check_log_probs(model: PolicyModel) -> None:
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[:, 0] = False
     ours, _ = model(tokens, mask)
-    logits = policy(input_ids=tokens, use_cache=False).logits[0, :-1].float() / model.temperature
-    theirs = logits.log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
+    logits = policy(input_ids=tokens, use_cache=False).logits[0, :-1].float()
+    theirs = (logits / model.temperature).log_softmax(-1).gather(1, tokens[0, 1:, None])[:, 0]
     gap = float((ours[0, 1:] - theirs).abs().max())
-    if gap > 1e-2 / model.temperature:
+    rounding = 2 * torch.finfo(policy.dtype).eps * float(logits.abs().max())  # theirs have the model's dtype
+    if gap > max(1e-2, rounding) / model.temperature:
         raise ConfigError(
             f"model {type(policy).__name__} changes its logits after the output embedding "
             f"(log-probs differ by {gap:.3g}): the learner cannot train it; use a model of the Qwen2 or Llama kind"
