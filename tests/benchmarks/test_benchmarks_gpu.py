@@ -22,7 +22,7 @@ from gpu_parts.sections import Task, reported, run_section, timed
 from torch.utils.flop_counter import FlopCounterMode
 
 from vapo_async.build import BaseModel, build_learner
-from vapo_async.learner.packing import Layout, choose_layout
+from vapo_async.learner.packing import WORTH_PACKING, Layout, choose_layout
 from vapo_async.planning.plan import make_plan
 
 SCRIPT = REPOSITORY / "benchmarks" / "gpu.py"
@@ -125,7 +125,8 @@ def test_a_step_makes_the_matrix_products_that_are_counted(tmp_path: Path) -> No
     folder = training.model_folder(work.shape, tmp_path)
     assert training.model_folder(work.shape, tmp_path) == folder and [*tmp_path.iterdir()] == [folder]
     lengths = work.drawn()
-    assert choose_layout([8 + length for length in lengths], work.tokens_per_microbatch) is Layout.packed
+    rows = [8 + length for length in lengths]
+    assert choose_layout([rows], work.tokens_per_microbatch, WORTH_PACKING["cpu"]) is Layout.packed
     config = training.config_for(work, folder, "cpu", checkpointing=False)
     learner = build_learner(config, BaseModel(folder, folder))
     batch = training.trajectories(work, lengths, 0)
