@@ -219,11 +219,9 @@ def build_learner(
             return build(*_models(config, base))
         case DeepSpeedLearnerConfig() as settings:
             assert meeting_point is not None, "the launcher gives one"
-            from vapo_async.learner.backend_deepspeed import (  # imports DeepSpeed: seconds
-                DeepSpeedBackend,
-                load_in_parts,
-            )
+            from vapo_async.learner.backend_deepspeed import DeepSpeedBackend  # imports DeepSpeed: seconds
             from vapo_async.learner.distributed import join_ranks
+            from vapo_async.learner.load_in_parts import load_in_parts
 
             assert isinstance(config.launcher, RayLauncherConfig), "the configuration is checked for it"
             limit = config.launcher.stage_timeout_s
@@ -232,26 +230,31 @@ def build_learner(
             def backend(module: nn.Module, schedule: Schedule, prefix: str) -> DeepSpeedBackend:
                 return DeepSpeedBackend(module, schedule, settings, ranks, prefix)
 
-            load = load_policy
-            if settings.zero_stage == ALL_PARTS:
-                load = partial(load_in_parts, config=settings)
-            policy, critic = _models(config, base, load, copy=load is load_policy)
+            if settings.zero_stage < ALL_PARTS:
+                policy, critic = _models(config, base)
+            else:
+                policy = load_in_parts(base.model, config.model.dtype, settings)
+                critic = None
+                if config.algorithm.advantage is AdvantageKind.gae:
+                    folder = _critic_folder(config, base)
+                    loaded = load_in_parts(folder, config.model.dtype, settings, decoder_only=True)
+                    critic = Critic.from_decoder_of(loaded)
             return build(policy, critic, ranks=ranks, make_backend=backend)
     raise TypeError(f"no learner for {type(config.learner).__name__}")
 
 
-def _models(
-    config: Config, base: BaseModel, load: Callable[[Path, str], PreTrainedModel] = load_policy, *, copy: bool = True
-) -> tuple[PreTrainedModel, Critic | None]:
-    """``copy``: the critic's backbone is copied from the policy's where it starts as the same, not loaded again."""
-    policy = load(base.model, config.model.dtype)
+def _models(config: Config, base: BaseModel) -> tuple[PreTrainedModel, Critic | None]:
+    """Whole ones."""
+    policy = load_policy(base.model, config.model.dtype)
     if config.algorithm.advantage is not AdvantageKind.gae:
         return policy, None
-    path = config.model.critic_path
-    if path is None and copy:
+    if config.model.critic_path is None:
         return policy, Critic.from_policy(policy)
-    loaded = load(base.model if path is None else Path(path), config.model.dtype)
-    return policy, Critic(loaded.get_decoder(), loaded.config.get_text_config().hidden_size)
+    return policy, Critic.from_decoder_of(load_policy(_critic_folder(config, base), config.model.dtype))
+
+
+def _critic_folder(config: Config, base: BaseModel) -> Path:
+    return base.model if config.model.critic_path is None else Path(config.model.critic_path)
 
 
 @dataclass(frozen=True)

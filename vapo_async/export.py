@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 
 from vapo_async.checkpoint import POLICY_FOLDER
 from vapo_async.config import ConfigError
-from vapo_async.learner.tensor_files import TensorFiles
+from vapo_async.learner.tensor_files import TensorFiles, has_critic
 from vapo_async.models.load import DTYPES
 
 SHARD_BYTES = 5_000_000_000
@@ -66,7 +66,7 @@ def export_critic(checkpoint: Path, folder: Path, dtype: str | None = None) -> E
         ConfigError: the run has no critic, or Transformers no such class for the kind of model.
     """
     policy = checkpoint / POLICY_FOLDER
-    if not (any(checkpoint.glob("critic.safetensors")) or any(checkpoint.glob("critic-*-of-*.safetensors"))):
+    if not has_critic(checkpoint):
         raise ConfigError(f"no critic in {checkpoint}: its run had algorithm.advantage=group, which needs none")
     kind: Any = MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING.get(type(AutoConfig.from_pretrained(policy)), None)
     config = json.loads((policy / "config.json").read_text())

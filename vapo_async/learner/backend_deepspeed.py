@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from typing import Any
 
 import deepspeed
@@ -18,12 +18,10 @@ from deepspeed.utils import (
 )
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from vapo_async.config import ConfigError, DeepSpeedLearnerConfig
+from vapo_async.config import DeepSpeedLearnerConfig
 from vapo_async.learner.backend import ALL_PARTS, BETAS, MOMENTS, LearnerDivergedError, Schedule, Snapshot
 from vapo_async.learner.ranks import Ranks
-from vapo_async.learner.tensor_files import TensorFiles
 from vapo_async.learner.tensors import check_tensors
 
 
@@ -43,14 +41,15 @@ class DeepSpeedBackend:
     ) -> None:
         self.module, self._schedule, self._ranks = module, schedule, ranks
         self._params = {name.removeprefix(prefix): p for name, p in module.named_parameters()}  # tied ones once
-        self.shapes = {name: _shape(p) for name, p in self._params.items()}
+        self.shapes = {name: whole_shape(p) for name, p in self._params.items()}
         optimizer = torch.optim.AdamW(
             self._params.values(), lr=schedule.lr, betas=BETAS, weight_decay=schedule.weight_decay
         )
         dtype = next(module.parameters()).dtype
-        self._engine, self._optimizer, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=_settings(config, schedule, dtype)
-        )
+        with redirect_stdout(StringIO()):  # the optimizer of stage 1 and bfloat16 prints what memory it finds
+            self._engine, self._optimizer, *_ = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=settings_of(config, schedule, dtype)
+            )
         self._parts = config.zero_stage == ALL_PARTS
         self.step_count = 0
 
@@ -169,44 +168,12 @@ class DeepSpeedBackend:
             self._optimizer._lazy_init_hp_params_optimizer_state()  # what ``safe_get…`` and ``safe_set…`` look at
 
 
-@torch.no_grad()
-def load_in_parts(folder: Path, dtype_name: str, config: DeepSpeedLearnerConfig) -> PreTrainedModel:
-    """A causal language model of which this rank never holds more than its part and one whole parameter.
-
-    For stage 3. All ranks call it.
-
-    Args:
-        folder: Hugging Face's, with safetensors whose names are those of the model's parameters.
-        dtype_name: of the parameters.
-        config: of the backends that the model goes to.
-
-    Raises:
-        ConfigError: a parameter is not in the folder, or has another shape there.
-    """
-    dtype: torch.dtype = getattr(torch, dtype_name)
-    with deepspeed.zero.Init(config_dict_or_path=_settings(config, None, dtype), dtype=dtype):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    named = dict(model.named_parameters())
-    with TensorFiles(folder, "model") as tensors:
-        found = tensors.shapes()
-        for name, p in named.items():
-            if found.get(name) != list(_shape(p)):
-                raise ConfigError(
-                    f"{folder}: {name} is {found.get(name, 'missing')}, expected {list(_shape(p))}: "
-                    "learner.zero_stage=3 needs safetensors with the names of the model's parameters"
-                )
-        for name, p in named.items():
-            with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
-                p.copy_(tensors[name])
-    return model.eval()
-
-
-def _shape(p: nn.Parameter) -> torch.Size:
+def whole_shape(p: nn.Parameter) -> torch.Size:
     """Of the whole."""
     return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
-def _settings(config: DeepSpeedLearnerConfig, schedule: Schedule | None, dtype: torch.dtype) -> dict[str, Any]:
+def settings_of(config: DeepSpeedLearnerConfig, schedule: Schedule | None, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration; ``schedule=None``: of one that only makes models."""
     zero: dict[str, Any] = {"stage": config.zero_stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0}
     if config.offload_optimizer:

@@ -17,7 +17,7 @@ from vapo_async.checkpoint import POLICY_FOLDER
 from vapo_async.config import ConfigError
 from vapo_async.learner.backend import Backend
 from vapo_async.learner.learner import Learner
-from vapo_async.learner.tensor_files import TensorFiles, save_share
+from vapo_async.learner.tensor_files import TensorFiles, has_critic, save_share
 from vapo_async.learner.tensors import check_tensors
 
 _WEIGHTS = "model"
@@ -55,8 +55,7 @@ def load_learner(learner: Learner, folder: Path) -> None:
         ConfigError: the checkpoint was written by another kind of run or holds a model of other sizes.
     """
     state = json.loads((folder / "learner.json").read_text())
-    has_critic = any(folder.glob("critic.safetensors")) or any(folder.glob("critic-*-of-*.safetensors"))
-    if (learner.critic_backend is not None) != has_critic:
+    if (learner.critic_backend is not None) != has_critic(folder):
         raise ConfigError(f"checkpoint {folder} and algorithm.advantage disagree on whether there is a critic")
     with ExitStack() as files:
         found = []

@@ -24,7 +24,7 @@ class Critic(nn.Module):
     def __init__(self, backbone: nn.Module, hidden_size: int) -> None:
         super().__init__()
         self.backbone = backbone
-        self.value_head = nn.Linear(hidden_size, 1)
+        self.value_head = nn.Linear(hidden_size, 1, dtype=next(backbone.parameters()).dtype)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
@@ -32,6 +32,11 @@ class Critic(nn.Module):
     def from_policy(cls, policy: PreTrainedModel) -> "Critic":
         """Starts from a copy of the policy's backbone."""
         return cls(copy.deepcopy(policy.get_decoder()), policy.config.get_text_config().hidden_size)
+
+    @classmethod
+    def from_decoder_of(cls, model: PreTrainedModel) -> "Critic":
+        """Starts from the backbone itself of a model that has no other use."""
+        return cls(model.get_decoder(), model.config.get_text_config().hidden_size)
 
     def forward(self, tokens: Tensor, mask: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """Values [N, T] (float32) of ``tokens`` [N, T] int64, right-padded, at the True positions of ``mask``.

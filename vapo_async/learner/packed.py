@@ -28,7 +28,8 @@ def enable_packing(model: PreTrainedModel) -> bool:
     """Gives ``model`` an attention that takes packed rows, where that works; everything else it computes as before.
 
     A few tokens are run packed, padded, and packed behind another neighbour, so the model is in evaluation mode, and
-    its parameters are whole. A copy of it takes packed rows too; saved, it is an ordinary model.
+    where ranks share its parameters all of them call this. A copy of it takes packed rows too; saved, it is an
+    ordinary model.
 
     Returns:
         Whether packed rows give what padded ones do. If not, the model is left as it was.

@@ -60,8 +60,9 @@ class Sharing:
         layout = choose_layout(dealt, self.max_tokens, self.worth_packing)
         count = pass_count(dealt, self.max_tokens, layout)
         own = [rows[i] for i in shares[self.rank]]
+        shortest = min(rows, key=batch.lengths.__getitem__)
         made = cut([batch.lengths[row] for row in own], self.max_tokens, layout, count)
-        return [self._pass(batch, [own[i] for i in some], rows[0], layout) for some in made]
+        return [self._pass(batch, [own[i] for i in some], shortest, layout) for some in made]
 
     @staticmethod
     def _pass(batch: LearnerBatch, rows: list[int], filler: int, layout: Layout) -> Pass:

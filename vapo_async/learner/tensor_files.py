@@ -14,10 +14,10 @@ from vapo_async.learner.ranks import Ranks
 
 
 def save_share(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
-    """Writes every ``ranks.size``-th tensor: ``stem.safetensors``, or ``stem-00001-of-00002.safetensors`` and so on.
+    """Writes this rank's share: ``stem.safetensors``, or ``stem-00001-of-00002.safetensors`` and so on.
 
-    No rank holds more than its share and the tensor that just comes. Rank 0 writes the index that Hugging Face's
-    readers look for beside files that are several.
+    Each tensor is for the rank that has the fewest bytes so far; no rank holds more than its share and the tensor that
+    just comes. Rank 0 writes the index that Hugging Face's readers look for beside files that are several.
 
     Args:
         folder: exists.
@@ -29,15 +29,16 @@ def save_share(folder: Path, stem: str, tensors: Iterable[tuple[str, Tensor]], r
         OSError, SafetensorError: the disk is full.
     """
     names = [_file_name(stem, rank, ranks.size) for rank in range(ranks.size)]
-    own, where, total = {}, {}, 0
-    for i, (name, tensor) in enumerate(tensors):
-        where[name] = names[i % ranks.size]
-        total += tensor.numel() * tensor.element_size()
-        if i % ranks.size == ranks.rank:
+    own, where, sizes = {}, {}, [0] * ranks.size
+    for name, tensor in tensors:
+        rank = sizes.index(min(sizes))
+        where[name] = names[rank]
+        sizes[rank] += tensor.numel() * tensor.element_size()
+        if rank == ranks.rank:
             own[name] = tensor.detach().cpu().clone().contiguous()
     save_file(own, folder / names[ranks.rank], metadata={"format": "pt"})
     if ranks.size > 1 and ranks.rank == 0:
-        index = {"metadata": {"total_size": total}, "weight_map": where}
+        index = {"metadata": {"total_size": sum(sizes)}, "weight_map": where}
         (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
@@ -78,6 +79,11 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
+
+
+def has_critic(checkpoint: Path) -> bool:
+    """Whether a learner with a critic wrote it."""
+    return any(checkpoint.glob("critic.safetensors")) or any(checkpoint.glob("critic-*-of-*.safetensors"))
 
 
 def _file_name(stem: str, rank: int, ranks: int) -> str:
