@@ -13,9 +13,12 @@ from typing import Any
 LOCAL = "127.0.0.1"
 
 
-def in_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_s: float = 240.0) -> list[Any]:
+def in_ranks(
+    size: int, work: Callable[..., Any], *args: Any, device: str = "cpu", timeout_s: float = 240.0
+) -> list[Any]:
     """What ``work(ranks, *args)`` returns in each of ``size`` processes; fails with the first one's traceback.
 
+    ``device``: ``cpu``, or ``cuda`` for one process.
     ``work`` is a function of a module, and it returns what can be pickled.
     """
     with closing(socket.socket()) as probe:
@@ -25,7 +28,9 @@ def in_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_s: float =
     processes, outputs = [], []
     for rank in range(size):
         receiving, sending = context.Pipe(duplex=False)
-        processes.append(context.Process(target=_rank, args=(rank, size, port, work, args, sending), daemon=True))
+        processes.append(
+            context.Process(target=_rank, args=(rank, size, port, device, work, args, sending), daemon=True)
+        )
         processes[-1].start()
         sending.close()
         outputs.append(receiving)
@@ -43,15 +48,17 @@ def in_ranks(size: int, work: Callable[..., Any], *args: Any, timeout_s: float =
             process.join()
 
 
-def _rank(rank: int, size: int, port: int, work: Callable[..., Any], args: tuple[Any, ...], out: Connection) -> None:
-    os.environ["DS_ACCELERATOR"] = "cpu"
+def _rank(
+    rank: int, size: int, port: int, device: str, work: Callable[..., Any], args: tuple[Any, ...], out: Connection
+) -> None:
+    os.environ["DS_ACCELERATOR"] = device
     import torch
 
     torch.set_num_threads(1)
     try:
         from vapo_async.learner.distributed import join_ranks
 
-        ranks = join_ranks(LOCAL, port, rank=rank, size=size, device="cpu", timeout_s=120)
+        ranks = join_ranks(LOCAL, port, rank=rank, size=size, device=device, timeout_s=120)
         found = False, work(ranks, *args)
     except BaseException:  # noqa: BLE001 (told to the test)
         found = True, traceback.format_exc()

@@ -44,7 +44,7 @@ def make_learner(
     kept: int = 1,
     dtype: torch.dtype = torch.float32,
     rounded: bool = False,
-    **settings: bool,
+    **settings: Any,
 ) -> Learner:
     """``stage=None``: plain torch. ``rounded``: the weights are such that bfloat16 has them exactly."""
     config = DeepSpeedLearnerConfig(
