@@ -45,6 +45,7 @@ class RayLauncherConfig(LauncherConfig):
     stage_timeout_s: float = 600.0
     """Seconds, limit for one wait of one stage on another; ends in an error that names both."""
     engine_timeout_s: float = 120.0
-    """Seconds, limit for one decode step or weight swap; a rollout worker that takes longer is replaced."""
+    """Seconds, limit for one decode step or weight swap; a rollout worker that takes longer is replaced. A broadcast of
+    weights that takes twice as long ends the run."""
     max_restarts: int = 3
     """Replacements over a run, of each rollout worker and of verifier and evaluator; one more death ends it."""

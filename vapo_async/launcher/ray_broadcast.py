@@ -6,7 +6,7 @@ from typing import Any
 
 from vapo_async.config import RayLauncherConfig, RunError
 from vapo_async.launcher.ray_answers import Answers
-from vapo_async.launcher.ray_inbox import Inbox
+from vapo_async.launcher.ray_inbox import Call, Inbox
 from vapo_async.launcher.ray_supervisor import RolloutWorkers
 from vapo_async.stages import StageDiedError, StageTimeoutError
 from vapo_async.weights.broadcast import Broadcast, Group, Layout, fits, members
@@ -16,8 +16,9 @@ class Broadcasts:
     """The driver's side.
 
     Who generates with the version before takes part; the group is made anew whenever these are others than last time.
-    Whoever comes later gets a copy of what was sent. A broadcast that fails because a worker died costs the others
-    theirs too: they are replaced, as it is.
+    Whoever comes later, or while it is under way, gets a copy of what was sent. A broadcast that fails because a worker
+    died costs the others theirs too: they are replaced, as it is. One that does not end, as NCCL's after a death, ends
+    the run: the learner's ranks are in the middle of it, and nothing else can be asked of them.
 
     Args:
         inbox: what the driver waits on.
@@ -42,12 +43,13 @@ class Broadcasts:
         self._learner, self._workers, self._ranks = learner, workers, ranks_per_engine
         self._group: Group | None = None
         self._layout: Layout | None = None
+        self._hangs = False
 
     def publish(self, version: int) -> None:
         """Returns when the learner has sent its weights; :meth:`.RolloutWorkers.without` tells who has heard of them.
 
         Raises:
-            StageTimeoutError: somebody did not take part.
+            StageTimeoutError: a worker did not take the version before, or the broadcast does not end.
             RunError: the broadcast failed, and no worker's death explains it.
         """
         self._wait(lambda: not self._workers.handing(), lambda: "the rollout workers to take the version before")
@@ -58,18 +60,55 @@ class Broadcasts:
             self._group = Group(host, port, owners, self._ranks)
         if self._layout is None:
             self._layout = self._answers.get(self._learner[0].layout.remote(), "the learner")
-        sent = [rank.broadcast.remote(self._group if owners else None, anew) for rank in self._learner]
-        parts = {} if self._group is None else {o: Broadcast(self._group, o, self._layout) for o in owners}
-        self._workers.hand(version, lambda: [rank.sent.remote() for rank in self._learner], parts)
+        group = self._group if owners else None
+        sent = [self._inbox.call(rank.broadcast.remote(version, group, anew)) for rank in self._learner]
+        parts = {} if group is None else {o: Broadcast(group, o, self._layout) for o in owners}
+        self._workers.hand(version, lambda: [rank.sent.remote(version) for rank in self._learner], parts)
         try:
-            self._answers.all(sent, f"{', '.join(owners)} to join the broadcast of version {version}")
-        except StageDiedError:
+            self._end(sent, version, owners)
+        except (StageDiedError, StageTimeoutError):
             raise
         except RunError:
             self._group = None
             until = time.monotonic() + self._launcher.engine_timeout_s
             if not self._inbox.wait(lambda: not self._workers.all_live(owners), until):
                 raise
+
+    def check(self) -> None:
+        """To be asked before a checkpoint of the learner.
+
+        Raises:
+            StageTimeoutError: its ranks are in a broadcast that hangs.
+        """
+        if self._hangs:
+            raise StageTimeoutError("the learner hangs in a broadcast and cannot be saved")
+
+    def _end(self, sent: list[Call], version: int, owners: tuple[str, ...]) -> None:
+        """Waits until no rank is in the broadcast: what they are asked next they do together.
+
+        Raises:
+            StageTimeoutError: it does not end.
+            StageDiedError: a rank's process died.
+            RunError: it failed, and has ended.
+        """
+        # An engine ends a step, then takes the weights. One that needs longer for either has been ended by then.
+        limit = 2 * self._launcher.engine_timeout_s
+        try:
+            try:
+                self._answers.results(sent, "the learner", limit)
+            except (StageDiedError, StageTimeoutError):
+                raise
+            except RunError:  # of the rank that sends
+                self._answers.results(sent[1:], "the learner", limit)
+                raise
+        except StageTimeoutError as error:
+            self._hangs = True
+            lost = [owner for owner in owners if not self._workers.all_live([owner])]
+            why = f"it lost {', '.join(lost)}" if lost else "raise that if the weights take so long"
+            raise StageTimeoutError(
+                f"the learner's broadcast of version {version} to {', '.join(owners) or 'nobody'} did not end within "
+                f"{limit:g} s, twice launcher.engine_timeout_s: {why}; resume=auto goes on from the last checkpoint"
+            ) from error
 
     def _wait(self, done: Callable[[], bool], whom: Callable[[], str]) -> None:
         if not self._answers.wait(done):

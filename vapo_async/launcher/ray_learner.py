@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vapo_async.build import BaseModel, build_learner
 from vapo_async.config import Config, DeepSpeedLearnerConfig, RunError
-from vapo_async.launcher.ray_actors import GROUPS, LOOK, Watched
+from vapo_async.launcher.ray_actors import WATCH, Watched
 from vapo_async.learner.checkpoint import load_learner, save_learner
 from vapo_async.learner.deepspeed_environment import prepare_deepspeed
 from vapo_async.learner.learner import UpdateResult
@@ -22,8 +22,8 @@ from vapo_async.weights.sender import Sender, build_sender
 from vapo_async.weights.travel import Arrays, to_arrays
 
 SEND = "send"
-"""Concurrency group of broadcasts, which may hang."""
-LEARNER_GROUPS = GROUPS | {SEND: 1}
+"""Concurrency group of broadcasts, which may hang, and of who asks for what they sent, in the order of the calls."""
+LEARNER_GROUPS = {WATCH: 1, SEND: 1}
 
 
 class LearnerActor(Watched):
@@ -36,7 +36,7 @@ class LearnerActor(Watched):
         self._config, self._base, self._rank = config, base, rank
         self._tokenizer = load_tokenizer(base.tokenizer)
         self._sender: Sender | None = None
-        self._sent: Arrays | None = None
+        self._sent: tuple[int, Arrays] | None = None  # a version, and this rank's share of it
 
     def meeting_point(self) -> tuple[str, int]:
         """A host and a port at which others can meet this process."""
@@ -65,7 +65,7 @@ class LearnerActor(Watched):
         return Layout.of(self._learner.policy_backend.shapes, self._learner.policy.dtype)
 
     @ray.method(concurrency_group=SEND)
-    def broadcast(self, group: Group | None, anew: bool) -> None:
+    def broadcast(self, version: int, group: Group | None, anew: bool) -> None:
         """Rank 0 sends the weights to the engines of a group, which is joined first if it is a new one.
 
         Each rank keeps a copy of its share for engines that come later, with which the next update does not interfere.
@@ -75,7 +75,7 @@ class LearnerActor(Watched):
         """
         parameters = self._learner.policy_backend.parameters()
         if group is None or self._rank:
-            self._sent = to_arrays(dict(self._share(parameters)))
+            self._sent = version, to_arrays(dict(self._share(parameters)))
             return
         if self._sender is None:
             self._sender = build_sender(self._config.learner.device, self.layout())
@@ -90,13 +90,19 @@ class LearnerActor(Watched):
         finally:
             for _ in self._keeping(parameters, kept):  # the other ranks go through all of them too
                 pass
-            self._sent = to_arrays(kept)
+            self._sent = version, to_arrays(kept)
 
-    @ray.method(concurrency_group=LOOK)
-    def sent(self) -> Arrays:
-        """This rank's share of what the last broadcast sent."""
-        assert self._sent is not None
-        return self._sent
+    @ray.method(concurrency_group=SEND)
+    def sent(self, version: int) -> Arrays:
+        """This rank's share of a version, once its broadcast, which is the last one, has ended.
+
+        Raises:
+            RunError: the last one was of another version: an engine would get weights under a wrong name.
+        """
+        if self._sent is None or self._sent[0] != version:
+            kept = "nothing" if self._sent is None else f"version {self._sent[0]}"
+            raise RunError(f"the learner's rank {self._rank} was asked for version {version} and has kept {kept}")
+        return self._sent[1]
 
     def save(self, folder: Path) -> None:
         save_learner(self._learner, self._tokenizer, folder)

@@ -170,6 +170,8 @@ class RayStages:
         )
 
     def save(self, folder: Path) -> None:
+        if self._broadcasts is not None:
+            self._broadcasts.check()
         folder = folder.absolute()
         saved = [self._inbox.call(rank.save.remote(folder)) for rank in self._learner]
         # First the workers, then the flow: a ticket that is committed in between is whole in the flow's state.

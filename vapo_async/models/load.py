@@ -1,5 +1,6 @@
 """From a model's config to a Hugging Face folder, and from the folder to what trains and generates."""
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -14,6 +15,8 @@ from vapo_async.models.embedded import ensure_embedded
 from vapo_async.models.smollm2 import ensure_smollm2
 
 disable_progress_bar()  # the run has a progress line of its own
+# Saving a model imports DeepSpeed where that is installed, and without a GPU it says so.
+logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
 
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
