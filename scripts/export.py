@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from vapo_async.config import ConfigError, RunError
 
 USAGE = """\
@@ -35,10 +37,9 @@ def main(arguments: list[str]) -> int:
     except (ConfigError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except OSError as error:
-        print(
-            f"error: {out} could not be written: {error.strerror or error}; free space and try again", file=sys.stderr
-        )
+    except (OSError, SafetensorError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or " ".join(str(error).split())
+        print(f"error: {out} could not be written: {reason}; make room, or give another folder", file=sys.stderr)
         return 1
     print(f"from          {checkpoint}")
     print(f"architecture  {done.architecture}, {done.parameters:,} parameters in {done.dtype}")

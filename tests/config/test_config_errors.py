@@ -60,6 +60,15 @@ MISTAKES = [
         ["task.template=Solve: {question}"],
         "malformed override 'task.template=Solve: {question}': cannot read the value",
     ),
+    (
+        ["experiment=paper_qwen2.5_32b", "learner=torch"],
+        "experiment=paper_qwen2.5_32b sets learner.ranks, which learner=torch has not: leave learner= out, or copy ",
+    ),
+    (
+        ["launcher=inline", "experiment=paper_qwen2.5_32b"],
+        "sets launcher.rollout_workers, which launcher=inline has not: leave launcher= out, or copy ",
+    ),
+    (["experiment=paper_qwen2.5_32b", "engine=transformers"], "experiment/paper_qwen2.5_32b.yaml and change that"),
     (["model=folder"], "model.path is required: give model.path=…"),
     (["name=${oc.env:SURELY_NOT_SET}"], "SURELY_NOT_SET"),
 ]
@@ -83,6 +92,7 @@ def test_config_folder_without_a_root_is_refused(tmp_path: Path) -> None:
     [
         ("algorithm:\n  aplha: 1\n", "aplha"),
         ("steps: many\n", "many"),
+        ("learner:\n  ranks: 2\n", "learner.ranks: Key 'ranks' not in 'TorchLearnerConfig'"),
         ("defaults:\n  - override /task: nowhere\n", "nowhere"),
         ("steps: [1\n", "expected"),
     ],

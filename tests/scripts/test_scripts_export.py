@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, tiny_policy
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 import vapo_async.export
@@ -85,6 +86,75 @@ def test_several_files_and_another_dtype(tmp_path: Path, monkeypatch: pytest.Mon
     assert loaded.dtype == torch.bfloat16
     for (name, p), q in zip(learner.policy.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(p.to(torch.bfloat16), q), name
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "critic"),
+    [
+        ("policy/model.safetensors", truncate, False),
+        ("policy/model.safetensors", lambda path: path.write_bytes(b""), False),
+        ("policy/model.safetensors", Path.unlink, False),
+        ("policy/config.json", truncate, False),
+        ("policy/config.json", lambda path: path.write_text("[]"), False),
+        ("policy/config.json", lambda path: path.write_text('{"architectures": ["A"]}'), True),
+        ("policy/config.json", Path.unlink, True),
+        ("critic.safetensors", truncate, True),
+    ],
+)
+def test_a_broken_checkpoint_is_told_as_such(
+    file: str, damage: Callable[[Path], object], critic: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(tmp_path / "step")
+    damage(tmp_path / "step" / file)
+    assert main([str(tmp_path / "step"), str(tmp_path / "out"), *["--critic"] * critic]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: the checkpoint is broken: ") and error.count("\n") == 1, error
+    assert file.split("/")[-1].split(".")[0] in error and str(tmp_path / "out") not in error
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
+def test_a_lost_file_of_several_is_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_checkpoint(tmp_path / "step")
+    monkeypatch.setattr(vapo_async.export, "SHARD_BYTES", 30_000)
+    assert main([str(tmp_path / "step"), str(tmp_path / "several" / "policy")]) == 0
+    lost = sorted((tmp_path / "several" / "policy").glob("model-*"))[-1]
+    lost.unlink()
+    capsys.readouterr()
+    assert main([str(tmp_path / "several"), str(tmp_path / "out")]) == 1
+    assert f": {lost.name} is missing, or lacks tensors" in capsys.readouterr().err
+
+
+def test_a_target_that_cannot_be_written_is_told_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_checkpoint(tmp_path / "step")
+    (tmp_path / "file").touch()
+    assert main([str(tmp_path / "step"), str(tmp_path / "file" / "out")]) == 1
+    assert f"error: {tmp_path / 'file' / 'out'} could not be written: Not a directory" in capsys.readouterr().err
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(vapo_async.export, "save_file", full)
+    assert main([str(tmp_path / "step"), str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert f"error: {tmp_path / 'out'} could not be written: I/O error: No space left" in error
+    assert error.count("\n") == 1 and {path.name for path in tmp_path.iterdir()} == {"step", "file"}
+
+
+def test_what_stands_beside_the_target_is_left_alone(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path / "step")
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").touch()
+    assert main([str(tmp_path / "step"), str(tmp_path / "out")]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"step", "out", "out.partial"}
+    assert (tmp_path / "out.partial" / "mine").exists()
 
 
 @pytest.mark.parametrize(

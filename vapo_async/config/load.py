@@ -195,7 +195,7 @@ def _compose(folder: Path, chosen: list[str]) -> DictConfig:
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_told_by_hydra(folder, error)) from error
+        raise ConfigError(_told_by_hydra(folder, chosen, error)) from error
     OmegaConf.set_struct(cfg, True)
     return cfg
 
@@ -257,13 +257,20 @@ def _leaves(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
         yield from _leaves(f"{prefix}.{name}" if prefix else name, inner)
 
 
-def _told_by_hydra(folder: Path, error: Exception) -> str:
+def _told_by_hydra(folder: Path, chosen: Sequence[str], error: Exception) -> str:
     """Hydra's several lines about a YAML file as one: where, which key, what."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if len(lines) < 2 or "raised while composing" not in lines[0]:
         return f"{folder}: {lines[0] if lines else type(error).__name__}"
     key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key: ")), "")
     known = every_key()
+    choice = next((c for c in reversed(chosen) if c.startswith(f"{key.partition('.')[0]}=")), None)
+    if choice is not None and key in known and lines[1].startswith("Key ") and " not in " in lines[1]:
+        file, group = lines[0].split("'")[1], choice.partition("=")[0]
+        return (
+            f"{file.replace('/', '=', 1)} sets {key}, which {choice} has not: leave {group}= out, "
+            f"or copy {folder / file}.yaml and change that"
+        )
     hint = nearest(key, known) if key not in known else ""
     return f"{folder}: {lines[0].split(':')[0]}: {key}: {lines[1]}{hint}"
 
