@@ -123,7 +123,8 @@ def seconds_until_gone(processes: list[psutil.Process], at_most: float) -> float
 def test_a_killed_owner_takes_its_engine_along(tmp_path: Path) -> None:
     with owner(tmp_path) as process:
         assert process.stdout is not None
-        engine = psutil.Process(next(int(line) for line in process.stdout if line.strip().isdigit()))  # others speak too
+        told = (line.strip() for line in process.stdout)  # by others too
+        engine = psutil.Process(next(int(line) for line in told if line.isdigit()))
         family = psutil.Process(process.pid).children(recursive=True)
         assert engine in family and engine.name() == "VLLM::EngineCore"
         process.kill()

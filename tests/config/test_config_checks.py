@@ -38,6 +38,16 @@ REFUSED = [
     ("launcher=ray learner=deepspeed learner.zero_stage=4", "learner.zero_stage must be 1, 2 or 3, found 4"),
     ("launcher=ray learner=deepspeed learner.offload_parameters=true", "must be false below learner.zero_stage=3"),
     ("launcher=inline learner=deepspeed", "launcher must be ray with learner=deepspeed, found 'inline'"),
+    (
+        "launcher=ray learner=deepspeed learner.ranks=1 learner.device=cuda:1",
+        "learner.device must be cpu or cuda with learner=deepspeed, found 'cuda:1': Ray says which GPU a rank sees: "
+        "leave the number out",
+    ),
+    (
+        "launcher=ray learner=deepspeed learner.ranks=2 learner.device=cuda launcher.gpus_per_actor=0.5",
+        "launcher.gpus_per_actor must be ≥ 1 with learner.device=cuda learner.ranks=2, found 0.5: NCCL refuses two "
+        "ranks on one GPU; raise it, or learner.ranks=1",
+    ),
     ("launcher.max_restarts=-1", "launcher.max_restarts must be ≥ 0, found -1"),
     ("launcher=inline launcher.overlap_steps=-1", "launcher.overlap_steps must be ≥ 0, found -1"),
     ("launcher=inline launcher.replay=''", "launcher.replay must be the path of a schedule.jsonl or null, found ''"),
@@ -148,6 +158,10 @@ def test_config_value_out_of_range_is_refused(line: str, message: str) -> None:
         "launcher.port=65535",
         "algorithm.clip_low=0.99 engine.device=cuda:1 verifier.memory_mb=512",
         "evaluation.every=0",
+        "launcher=ray learner=torch learner.device=cuda:1",
+        "launcher=ray learner=deepspeed learner.ranks=2 learner.device=cuda",
+        "launcher=ray learner=deepspeed learner.ranks=1 learner.device=cuda launcher.gpus_per_actor=0.5",
+        "launcher=ray learner=deepspeed learner.ranks=2 engine.device=cuda launcher.gpus_per_actor=0.5",
     ],
 )
 def test_config_value_at_the_edge_is_taken(line: str) -> None:

@@ -25,8 +25,9 @@ TWO = ("launcher=ray", "learner=deepspeed", "learner.ranks=2", "evaluation.every
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("transport", ["shared_memory", pytest.param("broadcast", marks=pytest.mark.slow)])
 def test_a_run_with_vllm_and_all_parameters_in_parts_is_right_after_every_update(
-    base_folder: Path, tmp_path: Path
+    base_folder: Path, tmp_path: Path, transport: str
 ) -> None:
     """Engine and learner are compared with every batch."""
     log = tmp_path / "log"
@@ -34,6 +35,7 @@ def test_a_run_with_vllm_and_all_parameters_in_parts_is_right_after_every_update
         *TWO,
         "learner.zero_stage=3",
         "engine=vllm",
+        f"engine.weight_transport={transport}",
         "steps=20",
         "task.max_response_tokens=40",
         "algorithm.policy_lr=1e-3",

@@ -108,6 +108,69 @@ def test_a_cluster_that_is_too_small_is_told(
     assert str(caught.value) == message
 
 
+LARGE_NODE, EVALUATOR, ROLLOUT = {"CPU": 64.0, "GPU": 8.0}, Resources(0, 5), Resources(1, 5)
+RANK = Resources(1, 1)
+
+
+@pytest.mark.parametrize(
+    ("needed", "nodes", "crowded"),
+    [
+        # Three nodes are free of ranks: 24 GPUs, and an engine of five on each.
+        ([RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 2, [LARGE_NODE] * 8, None),
+        (
+            [RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 3,
+            [LARGE_NODE] * 8,
+            "a process of the run needs 5 GPUs of one node, and",
+        ),
+        ([RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 4, [LARGE_NODE] * 9, None),
+        # Ray packs: six ranks are on one node, which has two GPUs left.
+        ([RANK] * 6 + [EVALUATOR, ROLLOUT], [LARGE_NODE] * 2, "a process of the run needs 5 GPUs of one node, and"),
+        ([RANK] * 3 + [EVALUATOR, ROLLOUT], [LARGE_NODE] * 2, None),
+        # The largest node first: of nodes of eight and four GPUs the eight lose two.
+        ([RANK] * 2 + [ROLLOUT], [{"CPU": 8.0, "GPU": 4.0}, LARGE_NODE], None),
+        ([RANK] * 4 + [ROLLOUT], [{"CPU": 8.0, "GPU": 4.0}, LARGE_NODE], "a process of the run needs 1 CPU and 5 GPUs"),
+        # A single rank is not packed: there is a node where it leaves room.
+        ([RANK, EVALUATOR, ROLLOUT], [LARGE_NODE, LARGE_NODE, {"CPU": 8.0, "GPU": 1.0}], None),
+        (
+            [Resources(1, 4), EVALUATOR, ROLLOUT],
+            [LARGE_NODE, LARGE_NODE],
+            "a process of the run needs 5 GPUs of one node, and",
+        ),
+        # CPUs and GPUs that are on different nodes.
+        ([RANK], [{"CPU": 8.0}, {"GPU": 8.0}], "a process of the run needs 1 CPU and 1 GPU of one node, and"),
+        ([RANK] * 3, [{"CPU": 2.0, "GPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}], None),
+        (
+            [RANK] * 4,
+            [{"CPU": 2.0, "GPU": 8.0}, {"CPU": 8.0, "GPU": 1.0}],
+            "4 processes of the run need 1 CPU and 1 GPU",
+        ),
+        # Shares of a GPU, which are no exact floats.
+        ([Resources(1, 0.1)] * 10, [{"CPU": 10.0, "GPU": 1.0}], None),
+        # Without CPUs left for rollout workers the evaluator, which asks for none, still has room.
+        ([RANK, EVALUATOR, ROLLOUT], [{"CPU": 1.0, "GPU": 6.0}, {"CPU": 1.0, "GPU": 8.0}], None),
+    ],
+)
+def test_processes_that_have_room_in_all_and_nowhere_for_one_are_told(
+    needed: list[Resources], nodes: list[Mapping[str, float]], crowded: str | None
+) -> None:
+    if crowded is None:
+        check_resources(needed, nodes)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_resources(needed, nodes)
+    assert str(caught.value).startswith(crowded) and "\n" not in str(caught.value)
+
+
+def test_who_has_no_room_is_told_in_numbers() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_resources([RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 4, [LARGE_NODE] * 8)
+    assert str(caught.value) == (
+        "4 processes of the run need 1 CPU and 5 GPUs of one node each, and beside the others the nodes of the Ray "
+        "cluster have room for 3: lower launcher.rollout_workers, learner.ranks or what one of them takes, or give the "
+        "cluster more nodes"
+    )
+
+
 @pytest.mark.parametrize("share", [0.5, 2])
 def test_an_engine_on_several_gpus_shares_none(base_folder: Path, tmp_path: Path, share: float) -> None:
     settings = ["engine.device=cuda", "engine.tensor_parallel_size=2", f"launcher.gpus_per_actor={share}"]

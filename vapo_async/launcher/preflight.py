@@ -1,4 +1,4 @@
-"""What can be seen without loading torch or Ray: run folder, resume, Ray's address and port."""
+"""What can be seen without loading torch or Ray: run folder, resume, the model's files, Ray's address and port."""
 
 import os
 import socket
@@ -13,10 +13,12 @@ from vapo_async.config import (
     Config,
     ConfigError,
     DeepSpeedLearnerConfig,
+    FolderModelConfig,
     InlineLauncherConfig,
     RayLauncherConfig,
     VLLMEngineConfig,
 )
+from vapo_async.config.algorithm import AdvantageKind
 from vapo_async.config.load import load_config
 from vapo_async.config.saved import resumed_config
 from vapo_async.launcher.schedule import Turn, replayed
@@ -24,6 +26,8 @@ from vapo_async.learner.deepspeed_environment import check_deepspeed
 
 LOOPBACK = "127.0.0.1"
 _HTTP2_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"  # and an empty SETTINGS frame
+_IN_PARTS = 3  # of ZeRO's stages
+_SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors")
 _WHERE = ("resume", "runs_dir", "name", "experiment")
 START_RAY = "start one there with `ray start --head`, or unset it to get a local Ray"
 
@@ -56,6 +60,7 @@ def preflight(config: Config) -> None:
         )
     if sharded:
         check_deepspeed()
+        check_readable_in_parts(config)
     if isinstance(config.engine, VLLMEngineConfig):
         check_vllm()
     resumed = find_resume(config.resume, Path(config.runs_dir), config.name)
@@ -65,6 +70,33 @@ def preflight(config: Config) -> None:
     if isinstance(config.launcher, RayLauncherConfig):
         check_ray(config.launcher)
     replayed_turns(config)
+
+
+def check_readable_in_parts(config: Config) -> None:
+    """With ``learner.zero_stage=3`` each model is read tensor by tensor, which only safetensors can be.
+
+    Folders that are not there, as yet or at all, and models that the run itself makes are left to who loads them.
+
+    Raises:
+        ConfigError: the folder of policy or critic has none.
+    """
+    learner, model = config.learner, config.model
+    if not isinstance(learner, DeepSpeedLearnerConfig) or learner.zero_stage != _IN_PARTS:
+        return
+    given: dict[str, str | None] = {}
+    if isinstance(model, FolderModelConfig) and model.warm_start_steps == 0:
+        given["model.path"] = model.path
+    if config.algorithm.advantage is AdvantageKind.gae:
+        given["model.critic_path"] = model.critic_path
+    for key, path in given.items():
+        folder = Path(path or "").expanduser()
+        if path is None or not folder.is_dir():
+            continue
+        if not any(file for pattern in _SAFETENSORS for file in folder.glob(pattern)):
+            raise ConfigError(
+                f"{key}={path}: no safetensors there ({' or '.join(_SAFETENSORS)}), which learner.zero_stage=3 reads "
+                "part by part; load the model and save it anew with save_pretrained, or use learner.zero_stage=2"
+            )
 
 
 def replayed_turns(config: Config) -> list[Turn] | None:

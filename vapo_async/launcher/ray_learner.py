@@ -2,7 +2,6 @@
 
 import socket
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 
 import ray
@@ -35,15 +34,18 @@ class LearnerActor(Watched):
             prepare_deepspeed(config.learner.device)
         self._config, self._base, self._rank = config, base, rank
         self._tokenizer = load_tokenizer(base.tokenizer)
+        self._held = socket.socket()
         self._sender: Sender | None = None
         self._sent: tuple[int, Arrays] | None = None  # a version, and this rank's share of it
 
     def meeting_point(self) -> tuple[str, int]:
-        """A host and a port at which others can meet this process."""
+        """A host and a port at which others can meet this process; until the next call nobody else is given it."""
         host = ray.util.get_node_ip_address()
-        with closing(socket.socket()) as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        before, self._held = self._held, socket.socket()
+        before.close()
+        self._held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as torch's store does, which listens there
+        self._held.bind((host, 0))
+        return host, self._held.getsockname()[1]
 
     def build(self, meeting_point: tuple[str, int] | None) -> None:
         """Loads the models; several ranks meet at a point first, and all return together."""

@@ -206,9 +206,8 @@ class RayStages:
         calls = {
             name: self._inbox.call(actor.ping.remote()) for name, (actor, _) in services.items() if name not in learner
         }
-        limit = max(0.0, deadline - time.monotonic())
-        point = self._actors.meeting_point(self._learner[0], self._answers, limit)
-        calls |= {name: self._inbox.call(rank.build.remote(point)) for name, rank in learner.items()}
+        # Where its ranks meet before they build together; learner=torch makes nothing of it.
+        meeting = calls["learner"] = self._inbox.call(self._learner[0].meeting_point.remote())
 
         def missing() -> list[str]:
             return [name for name, call in calls.items() if not call.done] + self._workers.starting()
@@ -218,7 +217,11 @@ class RayStages:
             return self._failure is not None or any(ping is not None and ping.exception() for ping in pings)
 
         logs = "Ray's logs on its nodes" if self._logs is None else str(self._logs)  # there is no run folder yet
-        in_time = self._inbox.wait(lambda: not missing() or failed(), deadline)
+        in_time = self._inbox.wait(lambda: meeting.done or failed(), deadline)
+        if meeting.future is not None and not failed():
+            point = meeting.future.result()
+            calls |= {name: self._inbox.call(rank.build.remote(point)) for name, rank in learner.items()}
+            in_time = self._inbox.wait(lambda: not missing() or failed(), deadline)
         try:
             for name, call in calls.items():
                 if call.future is not None:
@@ -226,6 +229,8 @@ class RayStages:
             if self._failure is not None:
                 raise self._failure
         except StageDiedError as error:
+            if logs in str(error):
+                raise
             raise StageDiedError(f"{error}; its log is in {logs}") from error
         if not in_time:
             limit, who = self._launcher.start_timeout_s, ", ".join(missing())

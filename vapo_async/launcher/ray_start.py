@@ -8,9 +8,8 @@ from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from vapo_async.build import BaseModel
-from vapo_async.config import Config, DeepSpeedLearnerConfig, RayLauncherConfig
+from vapo_async.config import Config, RayLauncherConfig
 from vapo_async.launcher.ray_actors import GROUPS, EvaluatorActor, VerifierActor
-from vapo_async.launcher.ray_answers import Answers
 from vapo_async.launcher.ray_cluster import Placement, Resources, reserve_together
 from vapo_async.launcher.ray_flow import FlowActor
 from vapo_async.launcher.ray_learner import LEARNER_GROUPS, LearnerActor
@@ -64,13 +63,6 @@ class Actors:
         groups: dict[str, Any] = {"concurrency_groups": LEARNER_GROUPS}
         parts = self._config, self._base
         return [self._start(LearnerActor, resources, *parts, rank, **groups, **where[rank]) for rank in range(ranks)]
-
-    def meeting_point(self, first: Any, answers: Answers, limit_s: float) -> tuple[str, int] | None:
-        """Where the learner's ranks meet, on the node of the first one; None where there is nobody to meet."""
-        if not isinstance(self._config.learner, DeepSpeedLearnerConfig):
-            return None
-        point: tuple[str, int] = answers.get(first.meeting_point.remote(), "the learner to start", limit_s)
-        return point
 
     def kill(self) -> None:
         """In a cluster that goes on."""

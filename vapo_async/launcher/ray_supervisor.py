@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,31 +14,12 @@ from vapo_async.config import Config, RayLauncherConfig
 from vapo_async.launcher.ray_calls import answer, reason
 from vapo_async.launcher.ray_flow import Progress
 from vapo_async.launcher.ray_inbox import Inbox
+from vapo_async.launcher.ray_worker import Worker
 from vapo_async.schema import Response
 from vapo_async.stages import StageDiedError
 from vapo_async.weights.broadcast import Broadcast
 
 STAGE = "rollout worker"
-
-
-@dataclass(eq=False)
-class Worker:
-    """One incarnation of a rollout worker; tickets know it by ``owner``."""
-
-    index: int
-    owner: str
-    actor: Any
-    heard_at: float
-    """When it gave its last sign of life, or was started; ``time.monotonic``."""
-    up: bool = False
-    running: bool = False
-    lost: bool = False
-    asked_at: float | None = None
-    """Since when a sign of life is asked for; None: it is not."""
-    version: int = -1
-    """Of the weights that it has, confirmed."""
-    handing: bool = False
-    progress: Progress = field(default_factory=Progress)
 
 
 class RolloutWorkers:
@@ -158,19 +138,15 @@ class RolloutWorkers:
 
     def due_at(self) -> float:
         """When somebody has to be looked at next."""
-        return min(map(self._due_at, self._watched()), default=float("inf"))
+        return min((worker.due_at(self._launcher) for worker in self._watched()), default=float("inf"))
 
     def look(self, now: float) -> None:
         """Replaces who has been silent for too long, and asks who has been silent for long for a sign of life."""
         for worker in list(self._watched()):
-            if self._due_at(worker) > now:
+            if worker.due_at(self._launcher) > now:
                 continue
-            limit = self._launcher.engine_timeout_s
-            if not worker.up:
-                self._lose(worker, f"it did not start within {self._launcher.start_timeout_s:g} s")
-            elif worker.asked_at is not None:
-                silent = now - worker.heard_at
-                self._lose(worker, f"it gave no sign of life for {silent:.0f} s (launcher.engine_timeout_s={limit:g})")
+            if (why := worker.why_silent(self._launcher, now)) is not None:
+                self._lose(worker, why)
             else:
                 worker.asked_at = now
                 self._inbox.watch(worker.actor.ping.remote(), partial(self._on_ping, worker))
@@ -178,18 +154,12 @@ class RolloutWorkers:
     def _watched(self) -> Iterable[Worker]:
         if not self._generating:
             return ()  # the start of all has its own limit
-        return (w for w in self.workers if not w.lost and (w.running or w.handing or not w.up))
-
-    def _due_at(self, worker: Worker) -> float:
-        if not worker.up:
-            return worker.heard_at + self._launcher.start_timeout_s
-        since = worker.heard_at if worker.asked_at is None else worker.asked_at
-        return since + self._launcher.engine_timeout_s
+        return (worker for worker in self.workers if worker.watched)
 
     def _start(self, index: int) -> Worker:
         incarnation = self._incarnations[index] = self._incarnations.get(index, 0) + 1
         owner = f"{STAGE} {index}" + (f" ({incarnation})" if incarnation > 1 else "")
-        worker = Worker(index, owner, self._spawn(index, owner), time.monotonic())
+        worker = Worker(index, owner, self._spawn(index, owner))
         self._inbox.watch(worker.actor.ping.remote(), partial(self._on_ping, worker))
         return worker
 
@@ -223,7 +193,7 @@ class RolloutWorkers:
             return False
         error = future.exception()
         if error is None:
-            worker.heard_at, worker.asked_at = time.monotonic(), None
+            worker.heard()
             return True
         own = (None, worker.actor._actor_id.hex())  # not that of the learner, whose weights did not come
         died = isinstance(error, RayActorError) and (error.actor_init_failed or error.actor_id in own)
