@@ -9,8 +9,9 @@ from typing import Any
 
 from vapo_async.config import Config, ConfigError, resolved_lead
 from vapo_async.config.load import load_config
+from vapo_async.launcher.preflight import check_trainable
 from vapo_async.planning.cluster import read_cluster
-from vapo_async.planning.lengths import ResponseLengths
+from vapo_async.planning.lengths import LARGEST_MEDIAN, LARGEST_SIGMA, ResponseLengths
 
 USAGE = """\
 usage: python scripts/plan.py cluster=NAME_OR_FILE [experiment=…] [group=choice …] [section.key=value …]
@@ -24,14 +25,16 @@ simulation recommends. What does not fit is told in one line each, with exit cod
   python scripts/plan.py experiment=… cluster=my_cluster.yaml            start from a copy of configs/cluster/*.yaml
 
   --median-tokens N   of a response (default: a fifth of task.max_response_tokens); lengths are log-normal
-  --sigma X           standard deviation of their logarithm (default: 0.8)
-  --prompt-tokens N   of a prompt (default: 200, or task.max_prompt_tokens where that is less)
+  --sigma X           standard deviation of their logarithm, at most 5 (default: 0.8)
+  --prompt-tokens N   of a prompt, at most task.max_prompt_tokens (default: 200, or that where it is less)
   --no-simulation     leaves the recommended S and L out
   --json FILE         writes all numbers there, too: bytes, seconds, tokens
 Groups and keys are those of python scripts/train_async.py --help.
 """
 PAIRS = ((0, 0), (1, 1), (2, 1), (2, 2), (4, 2), (6, 4))
 """S and L that are simulated."""
+NUMBERS = {"--median-tokens": (1.0, LARGEST_MEDIAN), "--sigma": (0.0, LARGEST_SIGMA), "--prompt-tokens": (0.0, 1e9)}
+"""The least and the most of each."""
 RESPONSES = 50_000
 """Simulated for each of them, about; the first third is not measured."""
 
@@ -53,6 +56,7 @@ def main(arguments: list[str]) -> int:
 
 def _plan(overrides: list[str], cluster_name: str, options: dict[str, float], simulated: bool, out: Path | None) -> int:
     config, cluster = load_config(overrides), read_cluster(cluster_name)
+    check_trainable(config)
     from vapo_async.planning import fit, report  # imports torch
     from vapo_async.planning.plan import make_plan
 
@@ -64,7 +68,8 @@ def _plan(overrides: list[str], cluster_name: str, options: dict[str, float], si
     told += [] if found else report.notes(config, plan)
     data: dict[str, Any] = report.plan_data(plan, found, told)
     if simulated and not found:
-        data["simulation"] = _simulate(config, plan)
+        data["simulation"], slow = _simulate(config, plan)
+        told += slow
     for note in told:
         print(f"note: {note}")
     if out is not None:
@@ -77,23 +82,28 @@ def _plan(overrides: list[str], cluster_name: str, options: dict[str, float], si
 
 def _lengths(config: Config, options: dict[str, float]) -> ResponseLengths:
     task = config.task
+    prompt = options.get("--prompt-tokens", min(200, task.max_prompt_tokens))
+    if prompt > task.max_prompt_tokens:
+        raise ConfigError(
+            f"--prompt-tokens is {prompt:g}, expected at most task.max_prompt_tokens = {task.max_prompt_tokens}"
+        )
     return ResponseLengths(
         options.get("--median-tokens", max(1.0, task.max_response_tokens / 5)),
         options.get("--sigma", 0.8),
         task.max_response_tokens,
-        options.get("--prompt-tokens", min(200, task.max_prompt_tokens)),
+        prompt,
     )
 
 
-def _simulate(config: Config, plan: Any) -> dict[str, Any]:
-    """Prints which S and L to take; all pairs as plain data."""
+def _simulate(config: Config, plan: Any) -> tuple[dict[str, Any], list[str]]:
+    """Prints which S and L to take; all pairs as plain data, and a note where those of the configuration are slow."""
     import torch
 
     from vapo_async.planning import report
     from vapo_async.planning.simulated import simulated_cluster
     from vapo_async.simulation.cluster import parse_cluster
     from vapo_async.simulation.run import simulate
-    from vapo_async.simulation.sweep import Pair, recommend
+    from vapo_async.simulation.sweep import GOOD_ENOUGH, Pair, recommend
 
     torch.set_num_threads(1)
     cluster = parse_cluster(simulated_cluster(config, plan))
@@ -113,7 +123,14 @@ def _simulate(config: Config, plan: Any) -> dict[str, Any]:
         f"{own.mean_age:.2f}; a step in {report.duration(step_s)}, learner idle {own.learner_idle:.0%}\n"
         f"  the whole run: {report.run_text(config, plan, step_s)}"
     )
-    return {"recommended": asdict(taken), "configured": asdict(own), "pairs": [asdict(pair) for pair in pairs]}
+    slow = []
+    if own.groups_per_s < GOOD_ENOUGH * best:
+        slow.append(
+            f"buffer.max_staleness={own.max_staleness} with buffer.lead={own.lead} reaches "
+            f"{own.groups_per_s / best:.0%} of the best throughput, {taken.max_staleness} with {taken.lead} "
+            f"{taken.groups_per_s / best:.0%}"
+        )
+    return {"recommended": asdict(taken), "configured": asdict(own), "pairs": [asdict(p) for p in pairs]}, slow
 
 
 def _split(arguments: list[str]) -> tuple[list[str], str, dict[str, float], bool, Path | None]:
@@ -126,7 +143,7 @@ def _split(arguments: list[str]) -> tuple[list[str], str, dict[str, float], bool
         name, equals, value = argument.partition("=")
         if name == "--no-simulation":
             simulated = False
-        elif name in ("--median-tokens", "--sigma", "--prompt-tokens"):
+        elif name in NUMBERS:
             numbers[name] = _number(name, value if equals else next(rest, ""))
         elif name == "--json":
             out = _writable(value if equals else next(rest, ""))
@@ -144,9 +161,9 @@ def _number(name: str, text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    least = 1.0 if name == "--median-tokens" else 0.0
-    if not least <= value < float("inf"):
-        raise ConfigError(f"{name} needs a number ≥ {least:g}, found '{text}'")
+    least, most = NUMBERS[name]
+    if not least <= value <= most:
+        raise ConfigError(f"{name} needs a number between {least:g} and {most:g}, found '{text}'")
     return value
 
 

@@ -122,7 +122,7 @@ RANK = Resources(1, 1)
             [LARGE_NODE] * 8,
             "a process of the run needs 5 GPUs of one node, and",
         ),
-        ([RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 4, [LARGE_NODE] * 9, None),
+        ([RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 3, [LARGE_NODE] * 9, None),
         # Ray packs: six ranks are on one node, which has two GPUs left.
         ([RANK] * 6 + [EVALUATOR, ROLLOUT], [LARGE_NODE] * 2, "a process of the run needs 5 GPUs of one node, and"),
         ([RANK] * 3 + [EVALUATOR, ROLLOUT], [LARGE_NODE] * 2, None),
@@ -163,7 +163,7 @@ def test_processes_that_have_room_in_all_and_nowhere_for_one_are_told(
 
 def test_who_has_no_room_is_told_in_numbers() -> None:
     with pytest.raises(ConfigError) as caught:
-        check_resources([RANK] * 40 + [EVALUATOR] + [ROLLOUT] * 4, [LARGE_NODE] * 8)
+        check_resources([RANK] * 38 + [EVALUATOR] + [ROLLOUT] * 4, [LARGE_NODE] * 8)
     assert str(caught.value) == (
         "4 processes of the run need 1 CPU and 5 GPUs of one node each, and beside the others the nodes of the Ray "
         "cluster have room for 3: lower launcher.rollout_workers, learner.ranks or what one of them takes, or give the "

@@ -50,7 +50,10 @@ def test_rings_inside_a_node_and_between_nodes() -> None:
     [
         ("node", "gpu", 4, "unknown key 'node.gpu'; did you mean 'node.gpus'?"),
         ("", "linkz", {}, "unknown key 'linkz'"),
-        ("", "qqq", 1, "unknown key 'qqq'; there are name, nodes, node, node.gpus"),
+        ("", "qqq", 1, "unknown key 'qqq'; there are name, nodes, node, device, links, efficiency"),
+        ("", 5, 1, "unknown key '5'; there are name, nodes, node, device, links, efficiency"),
+        ("", None, 1, "unknown key 'None'; there are name, nodes, node, device, links, efficiency"),
+        ("node", 7, 1, "unknown key 'node.7'; there are node.gpus, node.memory_gib, node.memory_gb_s"),
         ("", "nodes", "many", "nodes: Value 'many' of type 'str' could not be converted to Integer"),
         ("", "nodes", 0, "nodes is 0, expected a number > 0"),
         ("", "node", 3, "node is 3, expected a section with keys"),
@@ -64,8 +67,8 @@ def test_rings_inside_a_node_and_between_nodes() -> None:
         ("links", "gpu_gb_s", "???", "key 'links.gpu_gb_s' is missing"),
     ],
 )
-def test_a_mistake_is_one_line(section: str, key: str, value: object, told: str, tmp_path: Path) -> None:
-    loaded = {name: dict(part) if isinstance(part, dict) else part for name, part in SMALLEST.items()}
+def test_a_mistake_is_one_line(section: str, key: object, value: object, told: str, tmp_path: Path) -> None:
+    loaded: dict[Any, Any] = {name: dict(p) if isinstance(p, dict) else p for name, p in SMALLEST.items()}
     (loaded[section] if section else loaded)[key] = value
     path = tmp_path / "cluster.yaml"
     path.write_text(yaml.safe_dump(loaded))

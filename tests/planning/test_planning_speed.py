@@ -104,14 +104,16 @@ def test_arithmetic_holds_up_many_responses_and_the_cache_limits_them() -> None:
 
 def test_publications_by_hand() -> None:
     sizes = {"engine_nodes": 3, "cluster": CLUSTER}
-    sent = publication(1000, gathered=False, broadcast=True, members=16, **sizes)  # type: ignore[arg-type]
+    sent = publication(1000, gathered=False, broadcast=True, ranks=8, members=16, **sizes)  # type: ignore[arg-type]
     assert sent.transfer_s == sent.stall_s == pytest.approx(1000 / 50)  # by one link between nodes
-    parts = publication(1000, gathered=True, broadcast=True, members=16, **sizes)  # type: ignore[arg-type]
-    assert parts.transfer_s == pytest.approx(20 + 1000 / 200)  # and a ring over four of them
-    near = publication(1000, gathered=False, broadcast=True, members=4, **sizes)  # type: ignore[arg-type]
+    parts = publication(1000, gathered=True, broadcast=True, ranks=8, members=16, **sizes)  # type: ignore[arg-type]
+    assert parts.transfer_s == pytest.approx(20 + 1000 / 200)  # and a ring of the learner's ranks over four of them
+    inside = publication(1000, gathered=True, broadcast=True, ranks=4, members=16, **sizes)  # type: ignore[arg-type]
+    assert inside.transfer_s == pytest.approx(20 + 1000 / 500)  # inside a node
+    near = publication(1000, gathered=False, broadcast=True, ranks=8, members=4, **sizes)  # type: ignore[arg-type]
     assert near.transfer_s == pytest.approx(2)
     # Down, two turns that reach 1 and 2 nodes, up; engines wait for the last alone.
-    host = publication(1000, gathered=False, broadcast=False, members=16, **sizes)  # type: ignore[arg-type]
+    host = publication(1000, gathered=False, broadcast=False, ranks=8, members=16, **sizes)  # type: ignore[arg-type]
     assert (host.transfer_s, host.stall_s) == (pytest.approx(1 + 2 * 20 + 1), pytest.approx(1))
 
 

@@ -1,6 +1,7 @@
 """``scripts/plan.py`` from end to end: the plan, what it refuses, its exit codes."""
 
 import json
+import re
 import runpy
 from pathlib import Path
 
@@ -44,6 +45,23 @@ def test_the_papers_run_is_planned(capsys: pytest.CaptureFixture[str]) -> None:
     assert "learner 40 (ZeRO-3) · engines 5 × 4 · evaluator 4 · idle 0 · in all 64" in out
 
 
+def test_a_slow_pair_is_noted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a lead generation and learning take turns; with one the learner, which limits this run, is never idle."""
+    quick = ["cluster=laptop", "experiment=quick"]
+    assert main([*quick, "buffer.max_staleness=0"]) == 0
+    share = re.search(
+        r"note: buffer\.max_staleness=0 with buffer\.lead=0 reaches (\d+)% of the best throughput, \d with \d (\d+)%$",
+        capsys.readouterr().out,
+        re.MULTILINE,
+    )
+    assert share is not None and int(share[1]) < 95 <= int(share[2])
+    assert main([*quick, f"--json={tmp_path / 'plan.json'}"]) == 0
+    assert "of the best throughput, " not in capsys.readouterr().out
+    data = json.loads((tmp_path / "plan.json").read_text())["simulation"]
+    best = max(pair["groups_per_s"] for pair in data["pairs"])
+    assert data["configured"]["groups_per_s"] >= 0.95 * best
+
+
 def test_what_does_not_fit_is_exit_code_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     assert main([*PAPER, "learner.zero_stage=1", "learner.ranks=48", f"--json={out}"]) == 1
@@ -69,9 +87,18 @@ def test_lengths_can_be_given(capsys: pytest.CaptureFixture[str]) -> None:
         (["cluster=h100_65"], "cluster=h100_65 is none of h100_128, h100_64, laptop"),
         (["cluster=laptop", "experiment=quik"], "unknown choice 'experiment=quik'"),
         (["cluster=laptop", "algorithm.groups=3"], "unknown key 'algorithm.groups'"),
-        (["cluster=laptop", "--sigma=x"], "--sigma needs a number ≥ 0, found 'x'"),
-        (["cluster=laptop", "--median-tokens"], "--median-tokens needs a number ≥ 1, found ''"),
+        (["cluster=laptop", "--sigma=x"], "--sigma needs a number between 0 and 5, found 'x'"),
+        (["cluster=laptop", "--sigma=50"], "--sigma needs a number between 0 and 5, found '50'"),
+        (["cluster=laptop", "--sigma=nan"], "--sigma needs a number between 0 and 5, found 'nan'"),
+        (["cluster=laptop", "--median-tokens"], "--median-tokens needs a number between 1 and 1e+09, found ''"),
+        (
+            ["cluster=laptop", "--median-tokens", "1e300"],
+            "--median-tokens needs a number between 1 and 1e+09, found '1e",
+        ),
+        (["cluster=laptop", "--prompt-tokens", "9999"], "--prompt-tokens is 9999, expected at most task.max_prompt_to"),
         (["cluster=laptop", "--json", "/no/where/x.json"], "--json needs a file in a folder that can be written"),
+        (["cluster=laptop", "model.dtype=bfloat16"], "model.dtype must be float32 for training, found 'bfloat16'"),
+        ([*PAPER, "model.dtype=float16"], "model.dtype must be float32 for training, found 'float16'"),
         (["cluster=laptop", "--fast"], "unknown option '--fast'"),
         (["cluster=h100_64"], "learner.device is cpu, but the cluster has 8 GPUs in each node"),
     ],

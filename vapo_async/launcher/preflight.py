@@ -52,13 +52,8 @@ def preflight(config: Config) -> None:
     Raises:
         ConfigError: something that the user can mend.
     """
-    sharded = isinstance(config.learner, DeepSpeedLearnerConfig)
-    if config.model.dtype not in (("float32", "bfloat16") if sharded else ("float32",)):
-        raise ConfigError(
-            f"model.dtype must be float32 for training, found '{config.model.dtype}': learner=torch keeps no fp32 "
-            "master weights, so small updates would be rounded away; learner=deepspeed does, for bfloat16"
-        )
-    if sharded:
+    check_trainable(config)
+    if isinstance(config.learner, DeepSpeedLearnerConfig):
         check_deepspeed()
         check_readable_in_parts(config)
     if isinstance(config.engine, VLLMEngineConfig):
@@ -70,6 +65,16 @@ def preflight(config: Config) -> None:
     if isinstance(config.launcher, RayLauncherConfig):
         check_ray(config.launcher)
     replayed_turns(config)
+
+
+def check_trainable(config: Config) -> None:
+    """Raises :class:`ConfigError` where the learner would lose small updates to rounding."""
+    sharded = isinstance(config.learner, DeepSpeedLearnerConfig)
+    if config.model.dtype not in (("float32", "bfloat16") if sharded else ("float32",)):
+        raise ConfigError(
+            f"model.dtype must be float32 for training, found '{config.model.dtype}': learner=torch keeps no fp32 "
+            "master weights, so small updates would be rounded away; learner=deepspeed does, for bfloat16"
+        )
 
 
 def check_readable_in_parts(config: Config) -> None:

@@ -3,9 +3,11 @@
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -94,11 +96,12 @@ def check_resources(needed: Sequence[Resources], nodes: Sequence[Mapping[str, fl
     """Looks whether the run fits into the cluster.
 
     Args:
-        needed: by every actor.
+        needed: by every actor, the learner's ranks first.
         nodes: what each node has in all, by Ray's names of resources.
 
     Raises:
-        ConfigError: the cluster is too small, or none of its nodes is large enough for one actor.
+        ConfigError: the cluster is too small, none of its nodes is large enough for one actor, or what the learner
+            leaves of them is enough in all and nowhere enough for one.
     """
     settings = {
         "CPU": "launcher.rollout_workers, learner.ranks or the threads",
@@ -121,6 +124,72 @@ def check_resources(needed: Sequence[Resources], nodes: Sequence[Mapping[str, fl
                 f"one process of the run needs {most:g} {name}, no node of the Ray cluster has more than "
                 f"{max(have, default=0.0):g}: lower {lower}, or give the cluster a larger node"
             )
+    if (crowded := _without_room(bundles, nodes)) is not None:
+        bundle, count, places = crowded
+        amounts = " and ".join(f"{n:g} {kind}{'s' * (kind in settings and n != 1)}" for kind, n in bundle.items())
+        who = f"{count} processes of the run need" if count > 1 else "a process of the run needs"
+        raise ConfigError(
+            f"{who} {amounts} of one node{' each' * (count > 1)}, and beside the others the nodes of the Ray cluster "
+            f"have room for {places or 'none'}: lower launcher.rollout_workers, learner.ranks or what one of them "
+            "takes, or give the cluster more nodes"
+        )
+
+
+def _without_room(
+    bundles: Sequence[dict[str, float]], nodes: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, float], int, int] | None:
+    """A kind of process without room on the nodes: what one takes, how many there are, how many have room.
+
+    Ranks that are reserved together fill one node after the other, each time the one of which they leave the most: what
+    Ray's strategy PACK does. A single one is taken to be wherever it leaves room for the rest.
+    """
+    kinds = [(bundle, len(list(same))) for bundle, same in groupby(bundles)]
+    if not kinds:
+        return None
+    (first, ranks), *others = kinds
+    others.sort(key=lambda kind: -sum(kind[0].values()))  # the evaluator, which asks for no CPU, after the others
+    if ranks > 1:
+        return _crowded([(first, ranks), *others], nodes)
+    alone = [i for i, node in enumerate(nodes) if _places(first, node)]
+    tried = [_crowded(others, [*nodes[:i], _less(nodes[i], first, 1), *nodes[i + 1 :]]) for i in alone]
+    if not tried:
+        return (first, 1, 0) if first else None
+    return None if None in tried else tried[0]
+
+
+def _crowded(
+    kinds: Sequence[tuple[dict[str, float], int]], nodes: Sequence[Mapping[str, float]]
+) -> tuple[dict[str, float], int, int] | None:
+    """The first kind that has no room beside those before it."""
+    for bundle, count in kinds:
+        places = sum(_places(bundle, node) for node in nodes)
+        if places < count:
+            return bundle, count, places
+        nodes = _packed(bundle, count, nodes)
+    return None
+
+
+def _packed(bundle: Mapping[str, float], count: int, nodes: Sequence[Mapping[str, float]]) -> list[Mapping[str, float]]:
+    """What is left of the nodes with ``count`` bundles on as few of them as can be."""
+
+    def left_over(node: Mapping[str, float]) -> float:
+        return sum(1 - amount / node[kind] for kind, amount in bundle.items() if node.get(kind))
+
+    free = sorted(nodes, key=left_over, reverse=True)
+    for i, node in enumerate(free):
+        taken = min(count, _places(bundle, node))
+        free[i], count = _less(node, bundle, taken), count - taken
+    return free
+
+
+def _less(node: Mapping[str, float], bundle: Mapping[str, float], count: int) -> Mapping[str, float]:
+    return {**node, **{kind: node.get(kind, 0.0) - count * amount for kind, amount in bundle.items()}}
+
+
+def _places(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
+    """How many fit onto a node; Ray counts in ten-thousandths."""
+    rooms = [round(node.get(kind, 0.0) * 1e4) // round(amount * 1e4) for kind, amount in bundle.items()]
+    return min(rooms, default=sys.maxsize)
 
 
 def cluster_nodes() -> list[dict[str, float]]:

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vapo_async.config import ConfigError
+from vapo_async.config.described import read_described
 from vapo_async.config.load import default_config_dir, nearest
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -57,7 +57,7 @@ class Efficiency:
     """Shares of the numbers above that are reached."""
 
     learning_flops: float = 0.4
-    """MFU of forward and backward passes."""
+    """Share of the peak in forward and backward passes, of all that is computed: recomputation included."""
     prefill_flops: float = 0.5
     decode_memory: float = 0.7
     links: float = 0.7
@@ -110,16 +110,7 @@ def read_cluster(name: str, config_dir: Path | None = None) -> Cluster:
     path = folder / f"{name}.yaml" if name in known else Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"cluster={name} is none of {', '.join(known)}, nor a .yaml file{nearest(name, known)}")
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the cluster {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        return parse_cluster(loaded)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return read_described("cluster", path, parse_cluster)
 
 
 def parse_cluster(loaded: object) -> Cluster:
@@ -127,13 +118,11 @@ def parse_cluster(loaded: object) -> Cluster:
     if not isinstance(loaded, dict):
         raise ConfigError(f"the file is {loaded!r}, expected a section with keys")
     schema = OmegaConf.structured(Cluster)
-    known = _keys(schema)
-    for key, value in loaded.items():
-        if OmegaConf.is_config(schema.get(key)) and not isinstance(value, dict):
-            raise ConfigError(f"{key} is {value!r}, expected a section with keys")
-    for key in _keys(loaded):
-        if key not in known:
-            raise ConfigError(f"unknown key '{key}'{nearest(key, known) or '; there are ' + ', '.join(known)}")
+    for name, value in _known("", loaded, schema).items():
+        if OmegaConf.is_config(schema.get(name)):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{name} is {value!r}, expected a section with keys")
+            _known(f"{name}.", value, schema[name])
     try:
         merged = OmegaConf.merge(schema, loaded)
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -147,15 +136,14 @@ def parse_cluster(loaded: object) -> Cluster:
     return cluster
 
 
-def _keys(section: Any, prefix: str = "") -> list[str]:
-    """Dotted keys of all sections and fields."""
-    found: list[str] = []
+def _known(prefix: str, section: dict[Any, Any], schema: Any) -> dict[Any, Any]:
+    """The section, all of whose keys the schema has."""
+    names = [f"{prefix}{name}" for name in schema]
     for key in section:
-        value = None if OmegaConf.is_config(section) and OmegaConf.is_missing(section, key) else section[key]
-        found.append(f"{prefix}{key}")
-        if isinstance(value, dict | DictConfig):
-            found += _keys(value, f"{prefix}{key}.")
-    return found
+        if f"{prefix}{key}" not in names:
+            hint = nearest(f"{prefix}{key}", names) if isinstance(key, str) else ""
+            raise ConfigError(f"unknown key '{prefix}{key}'{hint or '; there are ' + ', '.join(names)}")
+    return section
 
 
 def _check(cluster: Cluster) -> None:

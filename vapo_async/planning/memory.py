@@ -5,7 +5,8 @@ comes and goes: the widest point of a forward and backward pass, the end of a ba
 Gradients stay from the first micro-batch to the step, so the peak is that of the second micro-batch of a mini-batch on.
 
 What a layer keeps for its backward pass was read off Transformers' Qwen2 and Llama modules with SDPA attention; all of
-it is measured by ``benchmarks/plan_memory.py``. DeepSpeed's part is from its sources, version 0.19.
+it is measured by ``benchmarks/plan_memory.py``. DeepSpeed's part is from its sources, version 0.19.8; what its tensors
+add up to over all devices was measured for every stage with one rank.
 """
 
 from dataclasses import dataclass
@@ -122,7 +123,7 @@ def _states(shape: ModelShape, sharing: Sharing, work: Pass) -> list[Part]:
     if sharing.zero_stage == 0:  # cleared after each step, so that there are those of one model at a time
         parts.append(Part("gradients", e * max(models.values())))
     else:
-        parts.append(Part("gradients (fp32)", FLOAT * total * sharing.part(2), away))
+        parts += _gradients(sharing, e, total)
         parts.append(Part("master weights (fp32)", FLOAT * total * sharing.part(1), away))
         buffers = len(models) if sharing.zero_stage == 3 else 1
         parts.append(Part("reduce buckets", buffers * e * REDUCE_BUCKET))
@@ -131,6 +132,26 @@ def _states(shape: ModelShape, sharing: Sharing, work: Pass) -> list[Part]:
     parts.append(Part("reference policy", e * shape.parameters * cut if work.reference else 0))
     parts.append(Part("batch", BATCH_BYTES * work.batch_positions))
     return parts
+
+
+def _gradients(sharing: Sharing, dtype_bytes: int, numbers: int) -> list[Part]:
+    """Sums in float32, from the first micro-batch to the step. With an offloaded optimizer the host steps a copy.
+
+    Then stage 3 adds up on the host, too. The other stages add up on the device, and on the host where float32 is the
+    dtype of the parameters, which come back through a buffer.
+    """
+    kept = FLOAT * numbers * sharing.part(2)
+    if not sharing.offload_optimizer:
+        return [Part("gradients (fp32)", kept)]
+    own = numbers * sharing.part(1)
+    if sharing.zero_stage == 3:
+        return [Part("gradients (fp32, twice)", 2 * FLOAT * own, True)]
+    on_host = dtype_bytes == FLOAT
+    return [
+        Part("gradients (fp32)", 0.0 if on_host and sharing.zero_stage == 2 else kept),
+        Part("gradients of a step (fp32)", FLOAT * own * (2 if on_host else 1), True),
+        Part("parameters on their way back", dtype_bytes * own, True),
+    ]
 
 
 def _step(shape: ModelShape, sharing: Sharing, work: Pass) -> Part:

@@ -7,6 +7,7 @@ from vapo_async.config import (
     ConfigError,
     DeepSpeedLearnerConfig,
     InlineLauncherConfig,
+    KVCacheOnUpdate,
     RayLauncherConfig,
     VLLMEngineConfig,
     WeightTransport,
@@ -15,31 +16,14 @@ from vapo_async.config import (
 from vapo_async.config.algorithm import AdvantageKind, ImportanceKind, MismatchKind, ValueTargetKind
 from vapo_async.planning.cluster import GIB, Cluster
 from vapo_async.planning.engine_memory import EngineMemory, EngineSizes, full_cache_memory, vllm_gpu_memory
+from vapo_async.planning.host_memory import host_parts
+from vapo_async.planning.layout import Layout, layout_of, node_loads, tensor_parallel_of
 from vapo_async.planning.lengths import ResponseLengths
 from vapo_async.planning.memory import Memory, Part, Pass, Sharing, learner_memory
 from vapo_async.planning.shapes import ModelShape, shape_of
 from vapo_async.planning.speed import Batch, Decoding, Learning, Publication, decoding, learning, publication
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which processes there are, and on how many GPUs. Without GPUs all of them are on the CPU."""
-
-    ranks: int
-    workers: int
-    tensor_parallel: int
-    evaluators: int = 1
-
-    @property
-    def engines(self) -> int:
-        return self.workers + self.evaluators
-
-    @property
-    def devices(self) -> int:
-        """GPUs that are asked for, one for each rank of learner and engines."""
-        return self.ranks + self.engines * self.tensor_parallel
 
 
 @dataclass(frozen=True)
@@ -64,6 +48,8 @@ class Plan:
     """Prompts and responses of a rollout batch."""
     generation_s: float
     """Of a rollout batch, all engines but the evaluator's with full slots."""
+    recompute_s: float
+    """That an engine takes after a weight update to compute the keys and values of what is in flight again."""
     evaluation_s: float
 
     @property
@@ -74,7 +60,28 @@ class Plan:
     @property
     def overlapped_s(self) -> float:
         """A step where generation and learning hide each other: no lead is faster."""
-        return max(self.generation_s, self.learning.seconds + self.publication.transfer_s)
+        engines = self.generation_s + self.publication.stall_s + self.recompute_s
+        return max(engines, self.learning.seconds + self.publication.transfer_s)
+
+    @property
+    def learner_over(self) -> float:
+        """Bytes that a GPU of the learner lacks; negative: that are left."""
+        return self.learner.peak() + self.cluster.device.overhead_gib * GIB - self.cluster.device_bytes
+
+    @property
+    def host_bytes(self) -> float:
+        """In the host memory of the fullest node; without GPUs, of all processes."""
+        held = sum(part.bytes for part in self.host_parts)
+        if self.cluster.node.gpus:
+            return held
+        overhead = self.cluster.device.overhead_gib * GIB
+        learners = self.layout.ranks * (self.learner.peak() + overhead)
+        return held + learners + self.layout.engines * (self.engine.memory.peak() + overhead)
+
+    @property
+    def host_over(self) -> float:
+        """Bytes that the hosts lack; negative: that are left."""
+        return self.host_bytes - self.cluster.host_bytes
 
 
 def make_plan(config: Config, cluster: Cluster, lengths: ResponseLengths, layout: Layout | None = None) -> Plan:
@@ -99,9 +106,10 @@ def make_plan(config: Config, cluster: Cluster, lengths: ResponseLengths, layout
     per_node = max(1, cluster.node.gpus // layout.tensor_parallel)
     published = publication(
         engine_e * shape.parameters,
-        gathered=sharing.zero_stage == 3,
+        gathered=sharing.zero_stage == 3 and layout.ranks > 1,
         broadcast=_broadcasts(config),
         engine_nodes=-(-layout.workers // per_node),
+        ranks=layout.ranks,
         members=layout.devices,
         cluster=cluster,
     )
@@ -109,6 +117,9 @@ def make_plan(config: Config, cluster: Cluster, lengths: ResponseLengths, layout
     before = learning(shape, _pretraining(batch), lengths, sharing, e, cluster)
     rate = speed.tokens_per_s
     asked_tokens = config.evaluation.problems * config.evaluation.samples * lengths.mean
+    recomputed = (
+        speed.slots * lengths.mean_context if config.engine.kv_cache_on_update is KVCacheOnUpdate.recompute else 0.0
+    )
     memory = learner_memory(shape, sharing, pass_of(config))
     return Plan(
         name=config.name,
@@ -119,26 +130,16 @@ def make_plan(config: Config, cluster: Cluster, lengths: ResponseLengths, layout
         lengths=lengths,
         learner=memory,
         engine=engine,
-        host_parts=_host_parts(config, cluster, shape, layout, memory),
+        host_parts=_host_parts(config, cluster, layout, memory, engine_e * shape.parameters),
         decoding=speed,
         learning=learned,
         pretraining=before,
         publication=published,
         batch_tokens=batch.responses * lengths.mean_sequence,
         generation_s=batch.responses * lengths.mean / (layout.workers * rate),
+        recompute_s=recomputed / speed.prefill_tokens_per_s,
         evaluation_s=asked_tokens / rate,
     )
-
-
-def layout_of(config: Config) -> Layout:
-    """What the configuration asks for."""
-    ranks = config.learner.ranks if isinstance(config.learner, DeepSpeedLearnerConfig) else 1
-    workers = config.launcher.rollout_workers if isinstance(config.launcher, RayLauncherConfig) else 1
-    return Layout(ranks, workers, tensor_parallel_of(config))
-
-
-def tensor_parallel_of(config: Config) -> int:
-    return config.engine.tensor_parallel_size if isinstance(config.engine, VLLMEngineConfig) else 1
 
 
 def sharing_of(config: Config, ranks: int) -> Sharing:
@@ -210,20 +211,13 @@ def _broadcasts(config: Config) -> bool:
     return isinstance(engine, VLLMEngineConfig) and engine.weight_transport is WeightTransport.broadcast
 
 
-def _host_parts(
-    config: Config, cluster: Cluster, shape: ModelShape, layout: Layout, learner: Memory
-) -> tuple[Part, ...]:
-    """In the memory of the fullest node: one full of the learner's ranks, or one full of engines."""
-    per_node = max(1, cluster.node.gpus)
-    ranks = min(layout.ranks, per_node)
-    of_learner = [Part(f"learner: {p.name}", p.bytes * ranks) for p in learner.stays if p.on_host]
-    of_engines = []
-    if isinstance(config.launcher, RayLauncherConfig) and not _broadcasts(config):
-        engines = min(layout.engines, per_node // layout.tensor_parallel) if cluster.gpus else layout.engines
-        copies = 1 + (engines if isinstance(config.engine, VLLMEngineConfig) else 0)  # Ray's, and a file for each
-        weights = BYTES[resolved_engine_dtype(config)] * shape.parameters
-        of_engines = [Part("published weights", copies * weights)]
-    return tuple(max((of_learner, of_engines), key=lambda parts: sum(part.bytes for part in parts)))
+def _host_parts(config: Config, cluster: Cluster, layout: Layout, learner: Memory, weights: float) -> tuple[Part, ...]:
+    """Of the fullest node."""
+    if not isinstance(config.launcher, RayLauncherConfig):
+        return ()
+    how = {"broadcast": _broadcasts(config), "files": isinstance(config.engine, VLLMEngineConfig)}
+    nodes = [host_parts(load, layout, learner, weights, **how) for load in node_loads(layout, cluster)]
+    return max(nodes, key=lambda parts: sum(part.bytes for part in parts))
 
 
 def _check_devices(config: Config, cluster: Cluster) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from vapo_async.config import Config, DeepSpeedLearnerConfig, RayLauncherConfig
 from vapo_async.planning.cluster import GIB, MIB
-from vapo_async.planning.fit import Misfit, host_bytes
+from vapo_async.planning.fit import Misfit
 from vapo_async.planning.memory import Part
 from vapo_async.planning.plan import Plan
 
@@ -45,7 +45,7 @@ def _memory(plan: Plan) -> str:
     if plan.cluster.node.gpus and plan.host_parts:
         text.append(_table("host, the fullest node", plan.host_parts, plan.cluster.node.memory_gib * GIB))
     if not plan.cluster.node.gpus:
-        text.append(f"all processes together: {host_bytes(plan) / GIB:.2f} of {plan.cluster.host_bytes / GIB:,.1f} GiB")
+        text.append(f"all processes together: {plan.host_bytes / GIB:.2f} of {plan.cluster.host_bytes / GIB:,.1f} GiB")
     return "\n\n".join(text)
 
 
@@ -62,10 +62,12 @@ def _speed(config: Config, plan: Plan) -> list[Row]:
     pretraining = config.algorithm.value_pretraining_steps > 0
     before = f" ({duration(plan.pretraining.seconds)} in value pretraining)" if pretraining else ""
     kv = f"{plan.engine.kv_tokens:,.0f} tokens, {plan.engine.full_length:.1f} responses at full length"
-    held = f"{engine.slots} responses of mean length in flight"
+    held = f"{_count(engine.slots, 'response')} of mean length in flight"
     step = f"{engine.step_s * 1e3:.1f} ms a decode step"
     speed = f"{engine.tokens_per_s:,.0f} tokens/s an engine, {workers * engine.tokens_per_s:,.0f} in all"
-    share = f"{learned.compute_s / learned.seconds:.0%} arithmetic, {learned.microbatches} micro-batches a mini-batch"
+    passes = _count(learned.microbatches, "micro-batch", "es")
+    share = f"{learned.compute_s / learned.seconds:.0%} arithmetic, {passes} a mini-batch"
+    again = f", then for {duration(plan.recompute_s)} while keys and values are computed again" * (plan.recompute_s > 0)
     return [
         ("KV cache", f"{kv}; {held}"),
         ("generation", f"{speed}; {step}, {engine.tokens_per_s_alone:.0f} tokens/s alone"),
@@ -73,7 +75,7 @@ def _speed(config: Config, plan: Plan) -> list[Row]:
         ("a batch", f"{tokens:,.0f} tokens: generated in {duration(plan.generation_s)}, "
                     f"learned in {duration(learned.seconds)}{before}"),
         ("publication", f"{duration(plan.publication.transfer_s)}; engines stand still for "
-                        f"{duration(plan.publication.stall_s)}"),
+                        f"{duration(plan.publication.stall_s)}{again}"),
         ("step", f"{duration(plan.overlapped_s)} where both stages hide each other, "
                  f"{duration(plan.synchronous_s)} one after the other"),
         ("evaluation", f"{duration(plan.evaluation_s)} on the evaluator's engine"),
@@ -85,8 +87,9 @@ def _assumptions(plan: Plan) -> list[Row]:
     text = f"log-normal, median {lengths.median_tokens:,.0f}, σ {lengths.sigma:g}, cut at {lengths.max_tokens:,}"
     return [
         ("lengths", f"{text}: {lengths.mean:,.0f} on average, after prompts of {lengths.prompt_tokens:,.0f}"),
-        ("learning", f"{share.learning_flops:.0%} of {cluster.device.flops:.3g} FLOP/s; 2 FLOPs for each parameter and "
-                     "token forward, 4 backward, 2 where activations are computed again; nothing hides communication"),
+        ("learning", f"{share.learning_flops:.0%} of {cluster.device.flops:.3g} FLOP/s, recomputation included; for "
+                     "each parameter and token 2 FLOPs forward, 4 backward, 2 where activations are computed again; as "
+                     "many for the critic as for the policy; nothing hides communication"),
         ("decoding", f"weights and keys read at {share.decode_memory:.0%} of {cluster.device.memory_gb_s:,.0f} GB/s, "
                      f"and {share.decode_step_ms:g} ms a step"),
         ("links", f"{share.links:.0%} of {cluster.links.gpu_gb_s:g} GB/s in a node, {cluster.links.network_gb_s:g} "
@@ -107,7 +110,7 @@ def notes(config: Config, plan: Plan) -> list[str]:
     found = []
     if plan.decoding.slots < config.engine.max_slots:
         found.append(
-            f"the KV cache holds {plan.decoding.slots} responses of mean length, engine.max_slots is "
+            f"the KV cache holds {_count(plan.decoding.slots, 'response')} of mean length, engine.max_slots is "
             f"{config.engine.max_slots}: beyond that vLLM interrupts some and computes them again"
         )
     if config.algorithm.dynamic_sampling:
@@ -117,7 +120,7 @@ def notes(config: Config, plan: Plan) -> list[str]:
         waits = (
             ("stage_timeout_s", plan.synchronous_s, "a step"),
             ("evaluation_timeout_s", plan.evaluation_s, "an evaluation"),
-            ("engine_timeout_s", plan.publication.stall_s + plan.decoding.step_s, "a weight update"),
+            ("engine_timeout_s", plan.publication.stall_s + plan.recompute_s + plan.decoding.step_s, "a weight update"),
         )
         for name, seconds, what in waits:
             if getattr(launcher, name) < 2 * seconds:
@@ -141,13 +144,17 @@ def plan_data(plan: Plan, found: Sequence[Misfit], told: Sequence[str]) -> dict[
     derived = {
         "learner_peak_bytes": plan.learner.peak(),
         "engine_peak_bytes": plan.engine.memory.peak(),
-        "host_bytes": host_bytes(plan),
+        "host_bytes": plan.host_bytes,
         "learning_s": plan.learning.seconds,
         "synchronous_s": plan.synchronous_s,
         "overlapped_s": plan.overlapped_s,
         "mean_response_tokens": plan.lengths.mean,
     }
     return {**asdict(plan), **derived, "fits": not found, "misfits": [asdict(m) for m in found], "notes": list(told)}
+
+
+def _count(number: int, what: str, plural: str = "s") -> str:
+    return f"{number:,} {what}{'' if number == 1 else plural}"
 
 
 def duration(seconds: float) -> str:

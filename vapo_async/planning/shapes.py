@@ -70,8 +70,8 @@ class ModelShape:
         return self.backbone_parameters + self.hidden + 1
 
     def kv_bytes_per_token(self, dtype_bytes: int, tensor_parallel: int = 1) -> int:
-        """Keys and values of one token on one rank; heads that cannot be cut are repeated."""
-        heads = max(1, self.kv_heads // tensor_parallel)
+        """Keys and values of one token on one rank; where there are fewer heads than ranks they are repeated."""
+        heads = -(-self.kv_heads // tensor_parallel)
         return 2 * self.layers * heads * self.head_dim * dtype_bytes
 
 

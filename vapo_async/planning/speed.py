@@ -2,7 +2,7 @@
 
 Learning: 2 FLOPs for each parameter and token of a forward pass, 4 of a backward pass, 2 more where activations are
 computed again; attention adds 2·Q·l² to a forward pass of l tokens through a layer (half of all pairs are masked). All
-at the cluster's MFU, and ZeRO's communication on top: nothing overlaps.
+at the cluster's share of the peak, which counts all of that, and ZeRO's communication on top: nothing overlaps.
 
 Decoding: every step reads the weights and the keys and values of all responses in flight, or is held up by arithmetic,
 whichever takes longer; plus a fixed time.
@@ -149,7 +149,14 @@ class Publication:
 
 
 def publication(
-    model_bytes: float, *, gathered: bool, broadcast: bool, engine_nodes: int, members: int, cluster: Cluster
+    model_bytes: float,
+    *,
+    gathered: bool,
+    broadcast: bool,
+    engine_nodes: int,
+    ranks: int,
+    members: int,
+    cluster: Cluster,
 ) -> Publication:
     """Args:
     model_bytes: of the engine's weights.
@@ -157,11 +164,12 @@ def publication(
     broadcast: from the learner's first device to all engines at once; otherwise through the hosts: down from the
         device, to all nodes in turns that double, up again.
     engine_nodes: nodes with engines.
+    ranks: devices of the learner.
     members: devices of learner and engines.
     cluster: its links.
     """
     links, share = cluster.links, cluster.efficiency.links
-    gather = model_bytes / cluster.collective_bytes_s(members) if gathered else 0.0
+    gather = model_bytes / cluster.collective_bytes_s(ranks) if gathered else 0.0
     if broadcast:  # it leaves by the link of one device
         alone = members <= max(1, cluster.node.gpus)
         sent = model_bytes / ((links.gpu_gb_s if alone else links.network_gb_s) * 1e9 * share)

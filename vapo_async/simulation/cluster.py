@@ -7,9 +7,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
-
 from vapo_async.config import ConfigError
+from vapo_async.config.described import read_described
 
 
 def _at_least(least: float, default: Any = MISSING) -> Any:
@@ -135,16 +134,7 @@ class Cluster:
 
 def read_cluster(path: Path) -> Cluster:
     """Raises ``ConfigError`` (one line: file, key, found, expected) for any mistake."""
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read the cluster {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    try:
-        return parse_cluster(loaded)
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
+    return read_described("cluster", path, parse_cluster)
 
 
 def parse_cluster(loaded: object) -> Cluster:
