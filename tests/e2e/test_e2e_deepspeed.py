@@ -25,7 +25,8 @@ TWO = ("launcher=ray", "learner=deepspeed", "learner.ranks=2", "evaluation.every
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("transport", ["shared_memory", pytest.param("broadcast", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("transport", ["shared_memory", "broadcast"])
 def test_a_run_with_vllm_and_all_parameters_in_parts_is_right_after_every_update(
     base_folder: Path, tmp_path: Path, transport: str
 ) -> None:

@@ -71,7 +71,9 @@ def test_ablation_trains(ablation: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("importance", ["naive", "a3po", "dis", "m2po"])
+@pytest.mark.parametrize(
+    "importance", ["naive", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("a3po", "dis")), "m2po"]
+)
 def test_off_policy_correction_trains_under_lag(importance: str, tmp_path: Path) -> None:
     """Beside ``decoupled``, which the presets have; with the engine-mismatch corrections and V-trace in turn."""
     more = {

@@ -96,7 +96,7 @@ def assert_same_metrics(found: Sequence[dict[str, float]], expected: Sequence[di
             assert one[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
 
 
-@pytest.mark.parametrize(("size", "tied"), [(1, True), (2, True), (2, False)])
+@pytest.mark.parametrize(("size", "tied"), [pytest.param(1, True, marks=pytest.mark.slow), (2, True), (2, False)])
 def test_all_stages_learn_what_plain_torch_learns(size: int, tied: bool) -> None:
     """Five optimizer steps of policy and critic each, a KL to the base among the losses."""
     metrics, parameters = learned(make_learner(OneRank(), None, tied=tied), [make_batch()])
@@ -180,7 +180,13 @@ def load_and_go_on(ranks: Ranks, stage: int, folder: Path) -> Found:
 
 
 @pytest.mark.parametrize(
-    ("written", "read"), [((2, 3), (1, 1)), ((1, 2), (2, 3)), ((2, 2), (1, None)), ((1, None), (2, 3))]
+    ("written", "read"),
+    [
+        ((2, 3), (1, 1)),
+        ((1, None), (2, 3)),
+        pytest.param((1, 2), (2, 3), marks=pytest.mark.slow),
+        pytest.param((2, 2), (1, None), marks=pytest.mark.slow),
+    ],
 )
 def test_a_checkpoint_goes_on_with_other_ranks_and_stages(
     written: tuple[int, int | None], read: tuple[int, int | None], tmp_path: Path

@@ -67,7 +67,7 @@ def in_bfloat16(ranks: Ranks) -> dict[tuple[int, bool], Trained]:
     return found
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_small_steps_add_up_in_masters_of_bfloat16_parameters(size: int) -> None:
     """They go the way of a float32 run from the same weights; rounded to bfloat16 at every step, most would be lost."""
     exact = make_learner(OneRank(), None, SMALL_STEPS, max_tokens=SEVERAL, rounded=True)

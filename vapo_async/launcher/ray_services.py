@@ -50,13 +50,24 @@ class Services:
     def _on_end(self, name: str, actor: Any, restartable: bool, future: Future[Any]) -> None:
         error = future.exception()
         assert error is not None, f"the {name}'s alive() returned"
+        self._on_death(name, actor, restartable, error)
+
+    def _on_back(self, name: str, actor: Any, future: Future[Any]) -> None:
+        """It may have taken long, where its node was lost and no other one has room."""
+        self._away.discard(name)
+        error = future.exception()
+        if error is None:
+            self.watch(name, actor, restartable=True)
+        else:
+            self._on_death(name, actor, True, error)
+
+    def _on_death(self, name: str, actor: Any, restartable: bool, error: BaseException) -> None:
         deaths = self.restarts.get(name, 0) + 1
         if restartable and not isinstance(error, ActorDiedError):
             self.restarts[name] = deaths
             self._note(f"the {name} is started again ({deaths} of {self._max_restarts} times): {reason(error)}")
             self._away.add(name)
-            self._inbox.watch(actor.ping.remote(), lambda _: self._away.discard(name))
-            self.watch(name, actor, restartable)
+            self._inbox.watch(actor.ping.remote(), partial(self._on_back, name, actor))
         elif restartable and deaths > 1:
             self._fail(
                 StageDiedError(
