@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,13 @@ SMALL = (
 GROUPED = ("algorithm.groups_per_batch=8", "algorithm.group_size=8")
 SINGLE = ("algorithm.groups_per_batch=64", "algorithm.group_size=1")
 CHOICES = group_choices()
+OTHER_COLUMNS = ("no_group_sampling", "no_positive_lm_loss", "no_value_pretraining")
+"""Ablations that change what is measured, or in which batches; the others change numbers."""
+
+
+def few(choices: Iterable[str], *kept: str) -> list[Any]:
+    """The others are slow."""
+    return [choice if choice in kept else pytest.param(choice, marks=pytest.mark.slow) for choice in choices]
 
 
 def train(tmp_path: Path, *overrides: str) -> list[dict[str, Any]]:
@@ -62,7 +70,7 @@ def test_preset_trains(algorithm: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ablation", CHOICES["ablation"])
+@pytest.mark.parametrize("ablation", few(CHOICES["ablation"], *OTHER_COLUMNS))
 def test_ablation_trains(ablation: str, tmp_path: Path) -> None:
     sizes = SINGLE if ablation == "no_group_sampling" else GROUPED
     pretraining = () if ablation == "no_value_pretraining" else ("algorithm.value_pretraining_steps=3",)
@@ -71,9 +79,7 @@ def test_ablation_trains(ablation: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "importance", ["naive", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("a3po", "dis")), "m2po"]
-)
+@pytest.mark.parametrize("importance", few(("naive", "a3po", "dis", "m2po"), "naive"))
 def test_off_policy_correction_trains_under_lag(importance: str, tmp_path: Path) -> None:
     """Beside ``decoupled``, which the presets have; with the engine-mismatch corrections and V-trace in turn."""
     more = {
