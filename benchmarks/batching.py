@@ -26,7 +26,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
-from bench import announce, command_line, environment, parse
+from bench import announce, command_line, environment, parse, print_bounds
 from bench.lengths import long_tailed
 
 from vapo_async.learner.balance import DecoderCost, shards
@@ -232,8 +232,7 @@ def main(arguments: list[str]) -> int:
     print_passes(together)
     found = bounds(alone, dealt, together)
     print()
-    for text, holds in found:
-        print(f"{'holds' if holds else 'FAILS':<6} {text}")
+    print_bounds(found)
     if options.json is not None:
         written = {
             "environment": before,

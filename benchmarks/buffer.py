@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 import torch
-from bench import announce, command_line, environment, parse
+from bench import announce, command_line, environment, parse, print_bounds
 from tensordict import LazyStackedTensorDict, TensorDict
 
 from vapo_async.buffer import Batch, RolloutBuffer
@@ -246,8 +246,7 @@ def main(arguments: list[str]) -> int:
     print_tables(rows, rates, held)
     found = [] if options.quick else bounds(rows)
     print()
-    for text, holds in found:
-        print(f"{'holds' if holds else 'FAILS':<6} {text}")
+    print_bounds(found)
     if options.json is not None:
         written = {
             "environment": before,

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from bench import announce, command_line, environment, parse
+from bench import announce, command_line, environment, parse, print_bounds
 from engine_speed.progress import Progress, run_estimate_s
 from engine_speed.runners import ENGINES, VLLM, Setting, running
 from engine_speed.speeds import SpeedRow, speed_rows
@@ -164,8 +164,7 @@ def main(arguments: list[str]) -> int:
             stalls += of_model[1]
     print(f"\n{speed_table(speeds)}\n\n{stall_table(stalls)}\n")
     found = [] if options.quick else bounds(speeds, stalls)
-    for text, holds in found:
-        print(f"{'holds' if holds else 'FAILS':<6} {text}")
+    print_bounds(found)
     if options.json is not None:
         written = {
             "environment": before,

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from bench import announce, command_line, environment, parse
+from bench import announce, command_line, environment, parse, print_bounds
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.objectives.value.functional import generalized_advantage_estimate, vec_generalized_advantage_estimate
@@ -260,8 +260,7 @@ def main(arguments: list[str]) -> int:
         found += bounds(case, next(row for row in rows if row.contestant == "ours"))
     print_table(table)
     print()
-    for text, holds in found:
-        print(f"{'holds' if holds else 'FAILS':<6} {text}")
+    print_bounds(found)
     if options.json is not None:
         environments = {"environment": before, "load_average_after": environment()["load_average"]}
         checks = [{"bound": text, "holds": holds} for text, holds in found]

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -38,6 +39,12 @@ def environment(**more: object) -> dict[str, object]:
         "torch_threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 1),
     }
+
+
+def print_bounds(found: Iterable[tuple[str, bool]]) -> None:
+    """What is demanded, and whether it holds."""
+    for text, holds in found:
+        print(f"{'holds' if holds else 'FAILS':<6} {text}")
 
 
 def announce(found: dict[str, object]) -> None:

@@ -10,8 +10,8 @@ class LearnerConfig:
     max_tokens_per_microbatch: int = 16_384
     """Tokens of one forward-backward pass, padding included."""
     packing: bool = True
-    """Takes rows through the models without padding between them, where their attention supports it and padding would
-    be more than a tenth."""
+    """Takes rows through the models without padding between them, where their attention supports it and that saves
+    tokens: any on a GPU, a tenth on a CPU; what ranks wait for each other counts."""
     logprob_chunk_tokens: int = 4096
     """No more logits than of this many positions are held at once; fewer where that is as fast."""
     threads: int = 1
@@ -22,7 +22,8 @@ class LearnerConfig:
     """Recomputes a layer's activations in the backward pass instead of holding them."""
     mismatch_versions: int = 1
     """Older policies kept on the side so that the engine's tokens can be compared under the weights that sampled them;
-    each costs the memory of one policy; 0 = only tokens of the present weights."""
+    each costs the memory of one policy, which ranks share with ``zero_stage=3``; 0 = only tokens of the present
+    weights."""
 
 
 @dataclass
