@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import ray
+from ray._private import ray_constants
 
 from vapo_async.config import RayLauncherConfig
 from vapo_async.interrupts import NOW
+from vapo_async.launcher.preflight import LOOPBACK
 from vapo_async.launcher.ray_actors import GROUPS
 from vapo_async.launcher.ray_cluster import start_ray
 from vapo_async.launcher.ray_evaluations import Evaluations
@@ -22,7 +24,8 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture
 def inbox() -> Iterator[Inbox]:
-    start_ray(RayLauncherConfig(), cpus=1)
+    assert start_ray(RayLauncherConfig(), cpus=1) and ray.nodes()[0]["NodeManagerAddress"] == LOOPBACK
+    assert ray_constants.ENABLE_RAY_CLUSTER, "Ray's own setting is as before: another cluster may be made here later"
     yield Inbox()
     ray.shutdown()
 

@@ -217,15 +217,18 @@ def start_ray(config: RayLauncherConfig, cpus: int) -> bool:
         os.environ.pop("RAY_GCS_SERVER_PORT", None)
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     # Otherwise Ray turns a loopback address into the machine's own and listens on every interface.
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=False,
-        _node_ip_address=LOOPBACK,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-    )
+    of_clusters, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cpus,
+            include_dashboard=False,
+            _node_ip_address=LOOPBACK,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+        )
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = of_clusters  # this process may join or make a cluster later
     return True
 
 
