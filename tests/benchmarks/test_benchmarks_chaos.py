@@ -24,6 +24,7 @@ def chaos(tmp_path: Path, *arguments: str) -> list[dict[str, object]]:
     return reports
 
 
+@pytest.mark.slow
 def test_three_kills_of_an_inline_run(tmp_path: Path) -> None:
     (report,) = chaos(tmp_path, "--kills", "3", "--only", "inline")
     assert report["kills"] == {"process": 1, "judge": 1, "checkpoint": 1}

@@ -62,6 +62,7 @@ def test_quick_run_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixtur
     check(json.loads(written.read_text()), capsys.readouterr().out, IN_THIS_PROCESS)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_quick_run_with_vllm_writes_every_row(tmp_path: Path) -> None:
     """In a process of its own: vLLM reads the environment when it is imported."""

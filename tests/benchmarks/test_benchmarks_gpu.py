@@ -36,6 +36,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_quick_run_measures_every_section_but_the_tests(tmp_path: Path) -> None:
     written = tmp_path / "gpu.json"

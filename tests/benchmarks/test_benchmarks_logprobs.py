@@ -10,6 +10,7 @@ from conftest import REPOSITORY
 main = runpy.run_path(str(REPOSITORY / "benchmarks" / "logprobs.py"))["main"]
 
 
+@pytest.mark.slow
 def test_quick_run_writes_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--quick", "--repeats", "1", "--json", str(tmp_path / "logprobs.json")]) == 0
     rows = json.loads((tmp_path / "logprobs.json").read_text())["rows"]

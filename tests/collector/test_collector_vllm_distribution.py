@@ -51,7 +51,7 @@ def test_p_values_are_the_chi_square_distributions() -> None:
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("top_p", [1.0, 0.9])
+@pytest.mark.parametrize("top_p", [pytest.param(1.0, marks=pytest.mark.slow), 0.9])
 def test_first_tokens_of_both_engines_have_one_distribution(top_p: float, tmp_path: Path) -> None:
     """4,096 samples of each of two prompts by each engine; the same test tells a temperature of 0.9 from 1.
 

@@ -57,7 +57,10 @@ def test_explaining_versions_are_those_of_all_rising_sequences(fits: list[list[b
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize(("family", "tied", "temperature"), [("qwen2", True, 1.0), ("llama", False, 0.9)])
+@pytest.mark.parametrize(
+    ("family", "tied", "temperature"),
+    [("qwen2", True, 1.0), pytest.param("llama", False, 0.9, marks=pytest.mark.slow)],
+)
 def test_every_token_is_of_its_stamped_weights_over_twenty_updates(
     family: str, tied: bool, temperature: float, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:

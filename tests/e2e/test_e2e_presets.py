@@ -1,4 +1,5 @@
-"""Every preset and every ablation trains in the main job: 20 updates of small batches of the embedded base."""
+"""Every preset and every ablation trains in the main job, with small batches of the embedded base: 5 updates of each
+preset and of the ablations that change most; 20 updates of all, which are slow tests."""
 
 import json
 import math
@@ -13,10 +14,10 @@ from conftest import REPOSITORY
 
 from vapo_async.config.load import group_choices
 
-STEPS = 20
+FEW, MANY = 5, 20
+"""Updates of the policy."""
 SMALL = (
     "experiment=small",
-    f"steps={STEPS}",
     "algorithm.minibatches=2",
     "evaluation.problems=16",
     "evaluation.samples=1",
@@ -30,14 +31,16 @@ OTHER_COLUMNS = ("no_group_sampling", "no_positive_lm_loss", "no_value_pretraini
 """Ablations that change what is measured, or in which batches; the others change numbers."""
 
 
-def few(choices: Iterable[str], *kept: str) -> list[Any]:
-    """The others are slow."""
-    return [choice if choice in kept else pytest.param(choice, marks=pytest.mark.slow) for choice in choices]
+def runs(choices: Iterable[str], *kept: str) -> list[Any]:
+    """A few updates of those ``kept`` and many, slowly, of all."""
+    choices = list(choices)
+    return [(c, FEW) for c in choices if c in kept] + [pytest.param(c, MANY, marks=pytest.mark.slow) for c in choices]
 
 
-def train(tmp_path: Path, *overrides: str) -> list[dict[str, Any]]:
+def train(tmp_path: Path, steps: int, *overrides: str) -> list[dict[str, Any]]:
     """The metrics rows of the policy's updates."""
-    command = [sys.executable, str(REPOSITORY / "scripts" / "train_async.py"), f"runs_dir={tmp_path}", *SMALL]
+    script = REPOSITORY / "scripts" / "train_async.py"
+    command = [sys.executable, str(script), f"runs_dir={tmp_path}", f"steps={steps}", *SMALL]
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stdout + done.stderr
@@ -48,18 +51,21 @@ def train(tmp_path: Path, *overrides: str) -> list[dict[str, Any]]:
     for row in rows:
         assert all(math.isfinite(value) for value in row.values()), row
     updates = [row for row in rows if row["step"] > 0 and "loss_objective" in row]
-    assert [row["step"] for row in updates] == list(range(1, STEPS + 1))
+    assert [row["step"] for row in updates] == list(range(1, steps + 1))
     assert any(row["grad_norm_policy"] > 0 for row in updates)
     return updates
 
 
 @pytest.mark.ray
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("algorithm", CHOICES["algorithm"])
-def test_preset_trains(algorithm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("algorithm", "steps"), runs(CHOICES["algorithm"], *CHOICES["algorithm"]))
+def test_preset_trains(algorithm: str, steps: int, tmp_path: Path) -> None:
+    """In Ray where there are many updates, and dynamic sampling always."""
+    launcher = "ray" if steps == MANY or algorithm == "dapo" else "inline"
     sizes = SINGLE if algorithm in ("ppo", "vc_ppo") else GROUPED
     pretraining = {"vapo": 3, "vapo_small": 3, "vc_ppo": 3}.get(algorithm, 0)
-    rows = train(tmp_path, f"algorithm={algorithm}", *sizes, f"algorithm.value_pretraining_steps={pretraining}")
+    overrides = (f"launcher={launcher}", f"algorithm.value_pretraining_steps={pretraining}", *sizes)
+    rows = train(tmp_path, steps, f"algorithm={algorithm}", *overrides)
     last = rows[-1]
     assert ("loss_critic" in last) == (algorithm not in ("grpo", "dapo"))
     assert ("loss_nll" in last) == (algorithm in ("vapo", "vapo_small"))
@@ -70,17 +76,17 @@ def test_preset_trains(algorithm: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("ablation", few(CHOICES["ablation"], *OTHER_COLUMNS))
-def test_ablation_trains(ablation: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("ablation", "steps"), runs(CHOICES["ablation"], *OTHER_COLUMNS))
+def test_ablation_trains(ablation: str, steps: int, tmp_path: Path) -> None:
     sizes = SINGLE if ablation == "no_group_sampling" else GROUPED
     pretraining = () if ablation == "no_value_pretraining" else ("algorithm.value_pretraining_steps=3",)
-    rows = train(tmp_path, f"ablation={ablation}", "launcher=inline", *sizes, *pretraining)
+    rows = train(tmp_path, steps, f"ablation={ablation}", "launcher=inline", *sizes, *pretraining)
     assert ("loss_nll" in rows[-1]) == (ablation != "no_positive_lm_loss")
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("importance", few(("naive", "a3po", "dis", "m2po"), "naive"))
-def test_off_policy_correction_trains_under_lag(importance: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("importance", "steps"), runs(("naive", "a3po", "dis", "m2po"), "naive", "dis"))
+def test_off_policy_correction_trains_under_lag(importance: str, steps: int, tmp_path: Path) -> None:
     """Beside ``decoupled``, which the presets have; with the engine-mismatch corrections and V-trace in turn."""
     more = {
         "naive": ("algorithm.mismatch=tis", "algorithm.dual_clip=3"),
@@ -102,6 +108,7 @@ def test_off_policy_correction_trains_under_lag(importance: str, tmp_path: Path)
     }[importance]
     rows = train(
         tmp_path,
+        steps,
         f"algorithm.importance={importance}",
         "launcher=inline",
         "buffer.lead=2",

@@ -93,6 +93,7 @@ def test_worker_and_verifier_are_replaced_and_a_dead_learner_ends_the_run_which_
     assert len(trained) == len(set(trained)) == 2 * (steps + 1)
 
 
+@pytest.mark.slow
 def test_without_replacements_a_killed_worker_ends_the_run_with_one_line(base_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     more = (*RAY, "steps=100000", "launcher.max_restarts=0")

@@ -120,6 +120,7 @@ def run_until_patience_is_lost(base_folder: Path, tmp_path: Path, launcher: str)
     return run_dir
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_lost_patience_ends_a_run_over_ray_with_one_line(base_folder: Path, tmp_path: Path) -> None:
     run_dir = run_until_patience_is_lost(base_folder, tmp_path, "ray")

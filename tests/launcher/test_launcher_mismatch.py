@@ -121,6 +121,7 @@ def test_weights_that_do_not_arrive_at_a_resume_end_it(
     assert main([*overrides, "steps=6", "resume=auto"]) == 0, "with an engine that takes them the run goes on"
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_over_ray_the_message_comes_whole(base_folder: Path, tmp_path: Path) -> None:
     """A limit below rounding: every engine is over it."""
