@@ -114,6 +114,7 @@ def test_without_replacements_a_killed_worker_ends_the_run_with_one_line(base_fo
     assert "Traceback" not in log.read_text()
 
 
+@pytest.mark.slow
 def test_stragglers_are_dropped_and_the_run_finishes(base_folder: Path, tmp_path: Path) -> None:
     log = tmp_path / "log"
     drop = ("buffer.on_straggler=drop", "buffer.straggler_timeout_s=0.05", "buffer.max_drops=1")
