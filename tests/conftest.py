@@ -63,6 +63,13 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedT
     return folder
 
 
+@pytest.fixture(scope="session")
+def guessing_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    from guessing_policy import make_guessing_policy  # it needs this module
+
+    return make_guessing_policy(tmp_path_factory.mktemp("guessing"), tokenizer)
+
+
 @pytest.fixture
 def tiny_config(base_folder: Path, tmp_path: Path) -> Config:
     """A whole run in a second: 2 groups of 4, two mini-batches, one batch of value pretraining."""

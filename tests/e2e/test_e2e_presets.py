@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from guessing_policy import guessing_overrides, make_guessing_policy
+from guessing_policy import guessing_overrides
 from running import newest_run
-from transformers import PreTrainedTokenizerBase
 
 from vapo_async.config.load import group_choices, load_config
 from vapo_async.launcher.run import launch
@@ -33,11 +32,6 @@ def runs(choices: Iterable[str]) -> list[Any]:
     """A few updates of each and, slowly, many."""
     slow = [pytest.mark.slow, pytest.mark.ray]
     return [pytest.param(c, n, marks=slow if n == MANY else ()) for n in (FEW, MANY) for c in choices]
-
-
-@pytest.fixture(scope="session")
-def guessing_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    return make_guessing_policy(tmp_path_factory.mktemp("guessing"), tokenizer)
 
 
 @pytest.fixture

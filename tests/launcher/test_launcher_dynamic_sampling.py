@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_overrides
-from guessing_policy import guessing_overrides, make_guessing_policy
+from guessing_policy import guessing_overrides
 from running import command, newest_run, nursery, start
 from safetensors.torch import load_file
-from transformers import PreTrainedTokenizerBase
 
 from vapo_async import schema
 from vapo_async.build import BaseModel, build_verifier
@@ -26,11 +25,6 @@ from vapo_async.schema import CORRECT, FinishReason, Problem, Response, Score
 from vapo_async.verifier import ScoreRequest
 
 ON = ("algorithm.dynamic_sampling=true",)
-
-
-@pytest.fixture(scope="session")
-def guessing_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
-    return make_guessing_policy(tmp_path_factory.mktemp("guessing"), tokenizer)
 
 
 def guessing(folder: Path, tmp_path: Path, *more: str) -> Config:
